@@ -1,0 +1,63 @@
+"""Long-context attention for Hugging Face Transformers, chosen by name.
+
+Importing the package registers its attention implementations::
+
+    import hf_attn_plugin
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sparq")
+
+The import is light: nothing of torch, and none of the optional packages, is loaded by it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_attn_plugin.config import (
+    FlashConfig,
+    LongformerConfig,
+    SlidingWindowConfig,
+    SparQConfig,
+    StridedConfig,
+    configure,
+)
+from hf_attn_plugin.integrations.registry import implementations, register
+
+if TYPE_CHECKING:
+    from hf_attn_plugin.integrations.counters import count_reads
+    from hf_attn_plugin.ops import attention
+    from hf_attn_plugin.patterns import Pattern
+    from hf_attn_plugin.patterns.picture import show_pattern
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FlashConfig",
+    "LongformerConfig",
+    "Pattern",
+    "SlidingWindowConfig",
+    "SparQConfig",
+    "StridedConfig",
+    "attention",
+    "configure",
+    "count_reads",
+    "implementations",
+    "show_pattern",
+]
+
+# Public names whose modules need torch; loaded when first used.
+_LAZY = {
+    "Pattern": "hf_attn_plugin.patterns",
+    "attention": "hf_attn_plugin.ops",
+    "count_reads": "hf_attn_plugin.integrations.counters",
+    "show_pattern": "hf_attn_plugin.patterns.picture",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register()

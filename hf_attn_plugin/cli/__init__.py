@@ -1,0 +1,1 @@
+"""The `hf-attn` command."""

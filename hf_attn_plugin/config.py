@@ -1,0 +1,251 @@
+"""Parameters of every method: one frozen, validated dataclass each, kept in the model's config.
+
+The parameters live in ``config.attn_params`` as plain JSON, ``{"sparq": {"rank": 16, ...}}``, so
+that ``save_pretrained`` writes them to ``config.json`` and ``from_pretrained`` reads them back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def _require_int(owner: str, name: str, value: Any, low: int, high: int | None = None) -> None:
+    valid = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{owner}: {name} must be {valid}, got {value!r}.")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{owner}: {name} must be {valid}, got {value}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig:
+    """Base of the parameter classes; ``name`` is the ``attn_implementation`` it belongs to."""
+
+    name: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parameters as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """Raise ``ValueError`` for parameters that this model's shape cannot take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FlashConfig(MethodConfig):
+    """``flash`` is exact and has nothing to set."""
+
+    name: ClassVar[str] = "flash"
+
+
+@dataclasses.dataclass(frozen=True)
+class SlidingWindowConfig(MethodConfig):
+    """Parameters of ``sliding_window`` (arXiv 2004.05150; sinks: arXiv 2309.17453).
+
+    Attributes:
+        window: Keys seen by each query, itself included: key j is seen by query i when
+            ``i - window < j <= i`` (in encoders ``|i - j| < window``). None takes the model's own
+            ``sliding_window``, or 4096 tokens where the model has none.
+        num_sink_tokens: First tokens of every sequence that every query sees besides.
+    """
+
+    name: ClassVar[str] = "sliding_window"
+    DEFAULT_WINDOW: ClassVar[int] = 4096
+
+    window: int | None = None
+    num_sink_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            _require_int("SlidingWindowConfig", "window", self.window, 1)
+        _require_int("SlidingWindowConfig", "num_sink_tokens", self.num_sink_tokens, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LongformerConfig(MethodConfig):
+    """Parameters of ``longformer``, local and global attention (arXiv 2004.05150).
+
+    Attributes:
+        window: Keys seen on each side, the query included: ``0 <= i - j < window * dilation`` in
+            decoders, ``|i - j| < window * dilation`` in encoders, at multiples of ``dilation``.
+        num_global_tokens: First tokens of every sequence; they are seen by all queries and see all
+            keys (in decoders, up to themselves). A forward call may name others besides with
+            ``global_attention_mask`` (batch, tokens), non-zero where a token is global.
+        dilation: Distance between neighbouring keys of the window.
+    """
+
+    name: ClassVar[str] = "longformer"
+
+    window: int = 512
+    num_global_tokens: int = 1
+    dilation: int = 1
+
+    def __post_init__(self) -> None:
+        _require_int("LongformerConfig", "window", self.window, 1)
+        _require_int("LongformerConfig", "num_global_tokens", self.num_global_tokens, 0)
+        _require_int("LongformerConfig", "dilation", self.dilation, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class StridedConfig(MethodConfig):
+    """Parameters of ``strided``, the strided pattern of Sparse Transformers (arXiv 1904.10509).
+
+    Attributes:
+        window: Keys seen next to the query, itself included.
+        stride: Besides these, every key whose distance to the query is a multiple of ``stride``.
+    """
+
+    name: ClassVar[str] = "strided"
+
+    window: int = 512
+    stride: int = 64
+
+    def __post_init__(self) -> None:
+        _require_int("StridedConfig", "window", self.window, 1)
+        _require_int("StridedConfig", "stride", self.stride, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SparQConfig(MethodConfig):
+    """Parameters of ``sparq``, decoding that reads part of the KV cache (arXiv 2312.04985).
+
+    Attributes:
+        rank: Query components r used to find the keys that matter, 1 to head_dim. None takes
+            head_dim / 4.
+        top_k: Keys k attended to exactly at every decoding step.
+        local_window: The most recent keys l that are always among the k. None takes top_k / 4.
+        mean_value_reallocation: Give the attention mass of the keys left out to the mean value.
+            The paper uses it for models with as many KV heads as query heads, and leaves it out
+            for Llama 3 and Mistral.
+    """
+
+    name: ClassVar[str] = "sparq"
+
+    rank: int | None = None
+    top_k: int = 128
+    local_window: int | None = None
+    mean_value_reallocation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            _require_int("SparQConfig", "rank", self.rank, 1)
+        _require_int("SparQConfig", "top_k", self.top_k, 1)
+        if self.local_window is not None:
+            _require_int("SparQConfig", "local_window", self.local_window, 0, self.top_k)
+        if not isinstance(self.mean_value_reallocation, bool):
+            raise ValueError(
+                "SparQConfig: mean_value_reallocation must be True or False, "
+                f"got {self.mean_value_reallocation!r}."
+            )
+
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """Refuse a rank above the model's head_dim."""
+        head_dim = head_dim_of(config)
+        if head_dim is not None and self.rank is not None:
+            _require_int("SparQConfig", "rank", self.rank, 1, head_dim)
+
+    def resolve_rank(self, head_dim: int) -> int:
+        """The rank for this head_dim; ``ValueError`` when it is above it."""
+        rank = max(1, head_dim // 4) if self.rank is None else self.rank
+        _require_int("SparQConfig", "rank", rank, 1, head_dim)
+        return rank
+
+    def resolve_local_window(self) -> int:
+        """The number of most recent keys that are always attended to."""
+        return self.top_k // 4 if self.local_window is None else self.local_window
+
+
+METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
+    cls.name: cls
+    for cls in (FlashConfig, SlidingWindowConfig, LongformerConfig, StridedConfig, SparQConfig)
+}
+
+ConfigT = TypeVar("ConfigT", bound=MethodConfig)
+
+
+def head_dim_of(config: PreTrainedConfig) -> int | None:
+    """The width of one attention head, or None where the config does not tell."""
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None)
+    if head_dim is not None:
+        return int(head_dim)
+    hidden = getattr(text, "hidden_size", None)
+    heads = getattr(text, "num_attention_heads", None)
+    return hidden // heads if hidden and heads else None
+
+
+def parse_parameters(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+    """Build ``cls`` from plain values, refusing unknown keys by name."""
+    known = [field.name for field in dataclasses.fields(cls)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{cls.__name__} has no parameter {', '.join(map(repr, unknown))}; "
+            f"it has {', '.join(known) or 'none'}."
+        )
+    return cls(**values)
+
+
+def validate_attn_params(values: Any) -> dict[str, dict[str, Any]]:
+    """Check a whole ``attn_params`` value, ``{method name: {parameter: value}}``."""
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"attn_params must be a dictionary {{method: {{parameter: value}}}}, got {values!r}."
+        )
+    for name, parameters in values.items():
+        if name not in METHOD_CONFIGS:
+            raise ValueError(
+                f"attn_params names the unknown method {name!r}; "
+                f"known are {', '.join(sorted(METHOD_CONFIGS))}."
+            )
+        if not isinstance(parameters, dict):
+            raise ValueError(f"attn_params[{name!r}] must be a dictionary, got {parameters!r}.")
+        parse_parameters(METHOD_CONFIGS[name], parameters)
+    return values
+
+
+def configure(
+    model_or_config: PreTrainedModel | PreTrainedConfig, parameters: MethodConfig
+) -> PreTrainedModel | PreTrainedConfig:
+    """Set a method's parameters on a model, so that they are used and saved with it.
+
+    Args:
+        model_or_config: A model or its config. With nested configs (multimodal models) every
+            part gets them.
+        parameters: For example ``SparQConfig(rank=32, top_k=128)``.
+
+    Returns:
+        What was passed in.
+
+    Raises:
+        ValueError: ``parameters`` is not one of our dataclasses, or the model cannot take it
+            (for example a SparQ rank above head_dim).
+    """
+    if type(parameters) not in METHOD_CONFIGS.values():
+        known = ", ".join(cls.__name__ for cls in METHOD_CONFIGS.values())
+        raise ValueError(f"configure() takes one of {known}; got {parameters!r}.")
+    config = getattr(model_or_config, "config", model_or_config)
+    if not hasattr(config, "get_text_config"):
+        raise ValueError(
+            "configure() takes a transformers model or config; "
+            f"got {type(model_or_config).__name__}."
+        )
+    parameters.check_model(config)
+    current = getattr(config, "attn_params", None) or {}
+    config.attn_params = {**current, parameters.name: parameters.to_dict()}
+    return model_or_config
+
+
+def parameters_of(config: PreTrainedConfig | None, cls: type[ConfigT]) -> ConfigT:
+    """A method's parameters as kept in ``config``, or its defaults.
+
+    Args:
+        config: The config of the layer that attends (``module.config``); None has no parameters.
+        cls: The method's dataclass.
+    """
+    stored = (getattr(config, "attn_params", None) or {}).get(cls.name, {})
+    return parse_parameters(cls, stored)

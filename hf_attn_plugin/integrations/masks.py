@@ -1,0 +1,188 @@
+"""The mask function registered with transformers: it reads the pattern out of the mask functions.
+
+Transformers describes a mask as nested closures (causal, and a window, and packed documents, ...).
+The known ones become a `Pattern`; anything else is evaluated once into a dense mask, so that no
+mask is ever lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+from hf_attn_plugin.patterns import Pattern, PatternMask
+
+MaskFunction = Callable[..., Any]
+
+
+@dataclasses.dataclass
+class _Terms:
+    """What a mask function was found to ask for."""
+
+    causal: bool = False
+    band: int | None = None
+    symmetric_band: int | None = None
+    documents: Tensor | None = None
+    chunk: tuple[int, Tensor] | None = None
+    positions: Tensor | None = None
+
+
+def pattern_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: MaskFunction = masking_utils.causal_mask_function,
+    attention_mask: Tensor | PatternMask | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> PatternMask | Tensor:
+    """Transformers' mask interface; the arguments are those of ``masking_utils.sdpa_mask``.
+
+    Returns:
+        A `PatternMask`; under ``torch.compile``, which cannot follow closures, a dense bool mask
+        ``[batch, 1, q_length, kv_length]``.
+    """
+    if isinstance(attention_mask, PatternMask):  # static caches hand a finished mask in again
+        return attention_mask
+
+    def dense() -> Tensor:
+        mask = masking_utils.sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            device=device,
+            **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
+        )
+        assert mask is not None  # nothing may be skipped
+        return mask
+
+    if torch.compiler.is_compiling():
+        return dense()
+    terms = _Terms()
+    known = _read(mask_function, terms) and not (terms.band is not None and not terms.causal)
+    start = int(q_offset)
+    key_valid, kv_ranks = _padding(attention_mask, kv_length, kv_offset)
+    if not known:
+        pattern = Pattern(
+            q_len=q_length,
+            kv_len=kv_length,
+            causal=False,
+            q_offset=start,
+            kv_offset=kv_offset,
+            key_valid=key_valid,
+            kv_ranks=kv_ranks,
+            dense=dense(),
+        )
+        return PatternMask(pattern, batch_size)
+    bands = [band for band in (terms.band, terms.symmetric_band) if band is not None]
+    documents = _documents(terms, q_length, kv_length, start, kv_offset, device)
+    pattern = Pattern(
+        q_len=q_length,
+        kv_len=kv_length,
+        causal=terms.causal,
+        band=min(bands, default=None),
+        q_offset=start,
+        kv_offset=kv_offset,
+        key_valid=key_valid,
+        kv_ranks=kv_ranks,
+        q_documents=documents[0],
+        kv_documents=documents[1],
+    )
+    return PatternMask(pattern, batch_size)
+
+
+def _padding(
+    attention_mask: Tensor | None, kv_length: int, kv_offset: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which of this layer's keys are valid, and their ranks where the layer dropped the first keys.
+
+    The 2D mask covers every token seen; a rolling window layer holds only the last ones.
+    """
+    if attention_mask is None:
+        return None, None
+    valid = attention_mask.bool()
+    missing = kv_length + kv_offset - valid.shape[1]
+    if missing > 0:
+        valid = torch.nn.functional.pad(valid, (0, missing))
+    window = slice(kv_offset, kv_offset + kv_length)
+    ranks = None
+    if kv_offset > 0:
+        counted = valid.to(torch.int64)
+        ranks = (counted.cumsum(1) - counted)[:, window]
+    valid = valid[:, window]
+    return (None if bool(valid.all()) else valid), ranks
+
+
+def _documents(
+    terms: _Terms,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+    device: torch.device | str,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Document numbers of queries and keys; attention chunks count as documents."""
+    if terms.chunk is None:
+        return terms.documents, terms.documents
+    size, left_padding = terms.chunk
+    pads = left_padding.to(device).view(-1, 1)
+    if terms.positions is not None:  # positions restart in every packed document
+        q_chunk = kv_chunk = (terms.positions - pads) // size
+    else:
+        q_chunk = (torch.arange(q_length, device=device)[None] + q_offset - pads) // size
+        kv_chunk = (torch.arange(kv_length, device=device)[None] + kv_offset - pads) // size
+    if terms.documents is None:
+        return q_chunk, kv_chunk
+    # A number above every chunk's keeps (document, chunk) pairs apart and in ascending order.
+    stride = int(max(q_chunk.max(), kv_chunk.max())) - int(min(q_chunk.min(), kv_chunk.min())) + 1
+    return terms.documents * stride + q_chunk, terms.documents * stride + kv_chunk
+
+
+def _read(function: MaskFunction, terms: _Terms) -> bool:
+    """Collect what ``function`` asks for; False when any part of it is unknown."""
+    if function is masking_utils.causal_mask_function:
+        terms.causal = True
+        return True
+    if function is masking_utils.bidirectional_mask_function:
+        return True
+    if getattr(function, "__module__", None) != masking_utils.__name__:
+        return False
+    maker = getattr(function, "__qualname__", "").split(".")[0]
+    cells = _cells(function)
+    if maker == "and_masks":
+        return all(_read(part, terms) for part in cells["mask_functions"])
+    if maker == "sliding_window_overlay":
+        terms.band = min(cells["sliding_window"], terms.band or cells["sliding_window"])
+        return True
+    if maker == "sliding_window_bidirectional_overlay":
+        terms.symmetric_band = cells["sliding_window"] + 1  # its distance is inclusive
+        return True
+    if maker == "packed_sequence_mask_function":
+        terms.documents = cells["packed_sequence_mask"].to(torch.int64)
+        return True
+    if maker == "remap_positions_for_packed_sequence":
+        terms.positions = cells["position_ids"].to(torch.int64)
+        return _read(cells["mask_function"], terms)
+    if maker == "chunked_overlay":
+        terms.chunk = (cells["chunk_size"], cells["left_padding"])
+        return True
+    return False
+
+
+def _cells(function: MaskFunction) -> dict[str, Any]:
+    """The variables a closure holds, by name."""
+    code = getattr(function, "__code__", None)
+    closure = getattr(function, "__closure__", None) or ()
+    names = code.co_freevars if code is not None else ()
+    return dict(zip(names, (cell.cell_contents for cell in closure), strict=True))

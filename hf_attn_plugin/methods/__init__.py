@@ -1,0 +1,18 @@
+"""One file per ``attn_implementation`` name."""
+
+from collections.abc import Callable
+from typing import Any
+
+from hf_attn_plugin.methods.flash import flash_attention
+from hf_attn_plugin.methods.longformer import longformer_attention
+from hf_attn_plugin.methods.sliding_window import sliding_window_attention
+from hf_attn_plugin.methods.sparq import sparq_attention
+from hf_attn_plugin.methods.strided import strided_attention
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "flash": flash_attention,
+    "sliding_window": sliding_window_attention,
+    "longformer": longformer_attention,
+    "strided": strided_attention,
+    "sparq": sparq_attention,
+}

@@ -1,0 +1,357 @@
+"""What transformers hands to an attention function, read once and checked for every method."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_attn_plugin.compat import update_paged_cache
+from hf_attn_plugin.config import ConfigT, parameters_of
+from hf_attn_plugin.methods.counting import record
+from hf_attn_plugin.ops import attention
+from hf_attn_plugin.patterns import Pattern, PatternMask
+
+# Arguments that would change the result and that no method here computes.
+_REFUSED = {
+    "position_bias": "a position bias added to the scores (T5 and its kin)",
+    "indices": "a model's own choice of keys (DeepSeek sparse attention)",
+    "block_indices": "a model's own choice of key blocks",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCall:
+    """One call of an attention function, in this package's terms.
+
+    Attributes:
+        method: The ``attn_implementation`` name.
+        module: The attention module that called.
+        query: ``[batch, heads, q_len, head_dim]``.
+        key: ``[batch, kv_heads, kv_len, head_dim]``, not expanded.
+        value: ``[batch, kv_heads, kv_len, value_dim]``.
+        pattern: What the model itself lets attend.
+        scaling: Factor on the scores.
+        softcap: Cap of the scores, or None.
+        sinks: ``[heads]`` attention sinks, or None.
+        extra: The other keyword arguments.
+    """
+
+    method: str
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    pattern: Pattern
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+    extra: dict[str, Any]
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether this is one query per sequence over earlier keys."""
+        return self.pattern.q_len == 1 and self.pattern.kv_len > 1
+
+    def parameters(self, cls: type[ConfigT]) -> ConfigT:
+        """The method's parameters in the model's config, or its defaults."""
+        return parameters_of(getattr(self.module, "config", None), cls)
+
+
+def read_call(
+    method: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | PatternMask | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    **extra: Any,
+) -> AttentionCall:
+    """Read a call of transformers' attention interface.
+
+    Raises:
+        ValueError: It asks for something no method here computes (dropout, returned attention
+            weights, a position bias, ...), naming what to use instead.
+    """
+    if dropout:
+        raise ValueError(
+            f"attn_implementation={method!r} has no attention dropout, and the model asks for "
+            f"{dropout}. Set it to 0 in the model's config (attention_dropout=0.0, in some models "
+            "attention_probs_dropout_prob=0.0 or attn_pdrop=0.0), or use 'sdpa'."
+        )
+    if extra.get("output_attentions"):
+        raise ValueError(
+            f"attn_implementation={method!r} never holds the attention weights, so "
+            "output_attentions=True cannot be honoured. Use attn_implementation='eager'."
+        )
+    for name, meaning in _REFUSED.items():
+        if extra.get(name) is not None:
+            raise ValueError(
+                f"attn_implementation={method!r} does not support {meaning}, passed as {name!r} by "
+                f"{type(module).__name__}. Use attn_implementation='sdpa' or 'eager'."
+            )
+    if extra.get("cache") is not None:
+        if method != "flash":
+            raise ValueError(
+                f"attn_implementation={method!r} does not take part in continuous batching "
+                "(generate_batch). Use attn_implementation='flash'."
+            )
+        key, value = update_paged_cache(extra["cache"], key, value, _layer_idx(module), extra)
+    query, key, value = _under_autocast(query, key, value)
+    pattern = _pattern(method, module, query, key, attention_mask, extra)
+    return AttentionCall(
+        method=method,
+        module=module,
+        query=query,
+        key=key,
+        value=value,
+        pattern=pattern,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        softcap=softcap,
+        sinks=s_aux if s_aux is not None else sinks,
+        extra=extra,
+    )
+
+
+def attend(call: AttentionCall, pattern: Pattern) -> tuple[Tensor, None]:
+    """Exact attention of a call over ``pattern``, as transformers wants it returned.
+
+    A decoding step over a sparse pattern reads only the keys that its query sees.
+
+    Returns:
+        The output, contiguous ``[batch, q_len, heads, value_dim]``, and None for the weights.
+    """
+    key, value = call.key, call.value
+    if call.is_decoding and pattern.is_sparse and not torch.compiler.is_compiling():
+        pattern, index = pattern.derive(
+            ("seen", str(key.device)), lambda: _seen(pattern, key.device)
+        )
+        if isinstance(index, slice):
+            key, value = key[:, :, index], value[:, :, index]
+        else:
+            key, value = key.index_select(2, index), value.index_select(2, index)
+    if call.is_decoding:
+        record(
+            call.module, call.method, read=_bytes(key, value), dense=_bytes(call.key, call.value)
+        )
+    else:
+        record(call.module, call.method)
+    output, _ = attention(
+        call.query,
+        key,
+        value,
+        pattern,
+        scaling=call.scaling,
+        softcap=call.softcap,
+        sinks=call.sinks,
+        need_lse=False,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def sparsify(call: AttentionCall, **terms: Any) -> Pattern:
+    """The call's pattern with a method's terms, made once for all layers of a forward pass."""
+    refuse_cross_attention(call)
+    hashable = tuple((name, id(v) if isinstance(v, Tensor) else v) for name, v in terms.items())
+    # The key holds tensors by id; the made pattern keeps them alive.
+    return call.pattern.derive(("terms", hashable), lambda: call.pattern.replace(**terms))
+
+
+def refuse_cross_attention(call: AttentionCall) -> None:
+    """Positions mean nothing between a decoder's queries and an encoder's keys."""
+    config = getattr(call.module, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or getattr(
+        config, "add_cross_attention", False
+    ):
+        raise ValueError(
+            f"attn_implementation={call.method!r} is defined by distances in one sequence, and "
+            f"{type(call.module).__name__} belongs to a model with cross-attention. "
+            "Use attn_implementation='flash'."
+        )
+
+
+def _layer_idx(module: nn.Module) -> int:
+    index = getattr(module, "layer_idx", None)
+    if not isinstance(index, int):
+        raise ValueError(
+            f"continuous batching needs attention modules that know their layer_idx, and "
+            f"{type(module).__name__} does not. Use generate() instead of generate_batch()."
+        )
+    return index
+
+
+def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does for PyTorch's own attention: its dtype for all three."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _seen(pattern: Pattern, device: torch.device) -> tuple[Pattern, slice | Tensor]:
+    """The keys that one query per sequence sees, and the pattern left over them."""
+    mask = pattern.visible(device)
+    index = mask.any(0).any(0).any(0).nonzero()[:, 0]
+    first, count = (int(index[0]), len(index)) if len(index) else (0, 0)
+    chosen: slice | Tensor = index
+    if count == 0 or int(index[-1]) - first + 1 == count:
+        chosen = slice(first, first + count)
+    left = mask[..., chosen]
+    rest = Pattern(
+        q_len=1, kv_len=count, causal=False, dense=None if bool(left.all()) else left.contiguous()
+    )
+    return rest, chosen
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _pattern(
+    method: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | PatternMask | None,
+    extra: dict[str, Any],
+) -> Pattern:
+    """The pairs that the model lets attend."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if isinstance(mask, PatternMask):
+        pattern = mask.pattern
+        if (pattern.q_len, pattern.kv_len) != (q_len, kv_len):
+            raise ValueError(
+                f"attn_implementation={method!r}: {type(module).__name__} attends from {q_len} "
+                f"queries to {kv_len} keys, but the model's mask is for {pattern.q_len} to "
+                f"{pattern.kv_len}. Use attn_implementation='sdpa' for this model."
+            )
+        pattern = pattern.to(query.device)
+    else:
+        pattern = _pattern_of_tensor(method, module, mask, q_len, kv_len, extra)
+    if torch.compiler.is_compiling():  # the mask that transformers makes then has everything in it
+        return pattern
+    lengths_q, lengths_k = extra.get("cu_seq_lens_q"), extra.get("cu_seq_lens_k")
+    if lengths_q is not None and lengths_k is not None:
+        key_of = ("cu_seq_lens", id(lengths_q), id(lengths_k))
+        made = pattern.derive(
+            key_of, lambda: (_with_lengths(pattern, lengths_q, lengths_k), lengths_q, lengths_k)
+        )
+        return made[0]
+    positions = extra.get("position_ids")
+    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == q_len:
+        # Kept together with the tensor, so that its id stays its own.
+        made = pattern.derive(
+            ("position_ids", id(positions)), lambda: (_with_restarts(pattern, positions), positions)
+        )
+        return made[0]
+    return pattern
+
+
+def _pattern_of_tensor(
+    method: str,
+    module: nn.Module,
+    mask: Tensor | None,
+    q_len: int,
+    kv_len: int,
+    extra: dict[str, Any],
+) -> Pattern:
+    """The pattern of a call that did not come through our mask function."""
+    if mask is not None and mask.ndim == 4:
+        keep = _as_bool(method, mask)[..., :kv_len]
+        return Pattern(q_len=q_len, kv_len=kv_len, causal=False, dense=keep)
+    causal = extra.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    pattern = Pattern(
+        q_len=q_len, kv_len=kv_len, causal=bool(causal), band=extra.get("sliding_window")
+    )
+    if mask is None:
+        return pattern
+    if mask.ndim != 2 or mask.shape[1] < kv_len:
+        raise ValueError(
+            f"attn_implementation={method!r} takes attention masks of shape [batch, {kv_len}] or "
+            f"[batch, 1 or heads, {q_len}, {kv_len}]; got {tuple(mask.shape)}."
+        )
+    return pattern.replace(key_valid=mask[:, -kv_len:].bool())
+
+
+def _as_bool(method: str, mask: Tensor) -> Tensor:
+    """A 4D mask as bool: additive masks must be 0 or so low that nothing is left of the pair."""
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.dtype.is_floating_point:
+        raise ValueError(
+            f"attn_implementation={method!r} takes 4D attention masks of bool (True attends) or "
+            f"float (0 attends, a large negative number does not); got {mask.dtype}."
+        )
+    keep = mask == 0
+    if not torch.compiler.is_compiling() and not bool((keep | (mask <= -1e4)).all()):
+        raise ValueError(
+            f"attn_implementation={method!r} cannot add a bias to the scores, and the 4D "
+            "attention mask holds values other than 0 and large negative ones. Use 'sdpa'."
+        )
+    return keep
+
+
+def _with_restarts(pattern: Pattern, positions: Tensor) -> Pattern:
+    """Packed documents, told by position_ids that start again.
+
+    Transformers' own masks miss them whenever a cache is made too or a mask is passed; such
+    documents would then attend to each other.
+    """
+    if pattern.q_documents is not None or pattern.q_len < 2 or not pattern.causal:
+        return pattern
+    breaks = positions[:, 1:] != positions[:, :-1] + 1
+    if pattern.q_len != pattern.kv_len:
+        valid = pattern.key_valid
+        inside = valid is None or bool(valid.all())
+        if pattern.dense is None and inside and bool(breaks.any()):
+            raise ValueError(
+                "position_ids start again inside the new tokens while earlier ones are cached: "
+                "packed documents cannot be continued from a cache. Pass each document as a batch "
+                "row of its own."
+            )
+        return pattern
+    valid = pattern.key_valid
+    if valid is not None:  # padding may be numbered in any way
+        breaks = breaks & valid[:, 1:] & valid[:, :-1]
+    if not bool(breaks.any()):
+        return pattern
+    documents = torch.nn.functional.pad(breaks.to(torch.int64).cumsum(1), (1, 0))
+    return pattern.replace(q_documents=documents, kv_documents=documents)
+
+
+def _with_lengths(pattern: Pattern, lengths_q: Tensor, lengths_k: Tensor) -> Pattern:
+    """Sequences laid out one after another, told by cumulative lengths (one batch row)."""
+    q_documents = _document_of(lengths_q, pattern.q_len)
+    kv_documents = _document_of(lengths_k, pattern.kv_len)
+    if lengths_q.shape == lengths_k.shape and torch.equal(lengths_q, lengths_k):
+        return pattern.replace(q_documents=q_documents, kv_documents=kv_documents)
+    # Queries are the last tokens of their sequences: number both from each sequence's start.
+    starts_q, starts_k = lengths_q.long(), lengths_k.long()
+    lead = (starts_k[1:] - starts_k[:-1]) - (starts_q[1:] - starts_q[:-1])
+    last = len(lead) - 1
+    q_doc, kv_doc = q_documents[0].clamp(max=last), kv_documents[0].clamp(max=last)
+    q_index = torch.arange(pattern.q_len, device=q_doc.device)
+    kv_index = torch.arange(pattern.kv_len, device=kv_doc.device)
+    return pattern.replace(
+        q_documents=q_documents,
+        kv_documents=kv_documents,
+        q_positions=(q_index - starts_q[q_doc] + lead[q_doc])[None],
+        kv_positions=(kv_index - starts_k[kv_doc])[None],
+    )
+
+
+def _document_of(lengths: Tensor, total: int) -> Tensor:
+    """int64 ``[1, total]``: which of the sequences each token belongs to."""
+    index = torch.arange(total, device=lengths.device)
+    return torch.searchsorted(lengths[1:].long().contiguous(), index, right=True)[None]
