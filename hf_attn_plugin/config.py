@@ -228,7 +228,7 @@ def configure(
     if type(parameters) not in METHOD_CONFIGS.values():
         known = ", ".join(cls.__name__ for cls in METHOD_CONFIGS.values())
         raise ValueError(f"configure() takes one of {known}; got {parameters!r}.")
-    config = getattr(model_or_config, "config", model_or_config)
+    config: Any = getattr(model_or_config, "config", model_or_config)
     if not hasattr(config, "get_text_config"):
         raise ValueError(
             "configure() takes a transformers model or config; "

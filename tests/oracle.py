@@ -45,7 +45,8 @@ def oracle_mask(batch: int, q_len: int, kv_len: int, spec: dict) -> torch.Tensor
 
         sinks = [is_first(j, spec.get("num_sink_tokens", 0)) for j in range(kv_len)]
         globals_ = [
-            is_first(j, spec.get("num_global_tokens", 0)) or (marked is not None and bool(marked[j]))
+            is_first(j, spec.get("num_global_tokens", 0))
+            or (marked is not None and bool(marked[j]))
             for j in range(kv_len)
         ]
         for i in range(q_len):

@@ -105,5 +105,4 @@ def _pattern(args: argparse.Namespace) -> Pattern:
         key_valid=valid_keys,
         q_documents=None if documents is None else documents[:, args.length - queries :],
         kv_documents=documents,
-        **terms,
-    )
+    ).replace(**terms)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -56,7 +56,8 @@ class _StockHook:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        name = module.config._attn_implementation
+        config: Any = module.config
+        name: str = config._attn_implementation
         if name in METHODS:
             return
         cache = kwargs.get("past_key_values")
@@ -64,6 +65,6 @@ class _StockHook:
         if cache is None or not isinstance(hidden, torch.Tensor) or hidden.shape[1] != 1:
             self.counter.add(id(module), name, None, None)
             return
-        layer = cache.layers[module.layer_idx]
+        layer = cache.layers[cast(int, module.layer_idx)]
         size = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
         self.counter.add(id(module), name, size, size)

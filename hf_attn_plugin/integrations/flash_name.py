@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+_METHOD = "_check_and_adjust_attn_implementation"
 _MARK = "_hf_attn_plugin_original"
 
 
@@ -32,7 +33,7 @@ def install(names: frozenset[str]) -> None:
         return attn_implementation
 
     setattr(check, _MARK, original)
-    PreTrainedModel._check_and_adjust_attn_implementation = check
+    setattr(PreTrainedModel, _METHOD, check)
 
 
 def uninstall() -> None:
@@ -42,7 +43,7 @@ def uninstall() -> None:
     wrapped = PreTrainedModel._check_and_adjust_attn_implementation
     original: Callable[..., str] | None = getattr(wrapped, _MARK, None)
     if original is not None:
-        PreTrainedModel._check_and_adjust_attn_implementation = original
+        setattr(PreTrainedModel, _METHOD, original)
 
 
 def refuse_bypassing(model_class: Any, name: str) -> None:

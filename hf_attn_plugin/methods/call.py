@@ -241,14 +241,14 @@ def _pattern(
         return pattern
     lengths_q, lengths_k = extra.get("cu_seq_lens_q"), extra.get("cu_seq_lens_k")
     if lengths_q is not None and lengths_k is not None:
-        key_of = ("cu_seq_lens", id(lengths_q), id(lengths_k))
-        made = pattern.derive(
-            key_of, lambda: (_with_lengths(pattern, lengths_q, lengths_k), lengths_q, lengths_k)
+        # Kept together with the tensors, so that their ids stay their own.
+        laid_out = pattern.derive(
+            ("cu_seq_lens", id(lengths_q), id(lengths_k)),
+            lambda: (_with_lengths(pattern, lengths_q, lengths_k), lengths_q, lengths_k),
         )
-        return made[0]
+        return laid_out[0]
     positions = extra.get("position_ids")
     if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == q_len:
-        # Kept together with the tensor, so that its id stays its own.
         made = pattern.derive(
             ("position_ids", id(positions)), lambda: (_with_restarts(pattern, positions), positions)
         )

@@ -81,7 +81,11 @@ def choose_backend(pattern: Pattern, call: Call) -> Choice:
 
 def is_unrestricted(pattern: Pattern) -> bool:
     """Whether nothing but causality limits the pairs."""
-    span = pattern.kv_len + abs(pattern.first_query - pattern.kv_offset) + pattern.q_len
+    first = pattern.first_query - pattern.kv_offset
+    farthest = first + pattern.q_len - 1
+    if not pattern.causal:
+        farthest = max(farthest, pattern.kv_len - 1 - first)
+    span = farthest + 1
     if pattern.reach is not None and pattern.dilation == 1 and pattern.reach >= span:
         pattern = pattern.replace(
             window=None, stride=None, num_sink_tokens=0, num_global_tokens=0, global_tokens=None

@@ -124,7 +124,9 @@ def test_random_calls(seed: int) -> None:
         spec = random_spec(rng, batch, q_len, kv_len)
         kv_heads, groups = rng.choice([(1, 1), (2, 1), (1, 3), (2, 2)])
         dim, value_dim = rng.choice([(4, 4), (16, 16), (12, 6), (5, 7)])
-        dtype = rng.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.half])
+        dtype = rng.choice(
+            [torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.half]
+        )
         softcap = rng.choice([None, None, 2.5])
         scaling = rng.choice([dim**-0.5, 1.0 / dim])
         need_lse = rng.random() < 0.6

@@ -144,9 +144,10 @@ class _BlockedAttention(torch.autograd.Function):
         return output, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @torch.autograd.function.once_differentiable  # type: ignore[override]
     @_without_autocast
-    def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_output, grad_lse = grads
         query, key, value, sinks, output, lse = ctx.saved_tensors
         problem: _Problem = ctx.problem
         dtype = problem.compute_dtype

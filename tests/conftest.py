@@ -1,0 +1,62 @@
+"""Fixtures for all tests; helpers that tests import live in ``tiny.py`` beside this file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # `from tiny import ...`, whatever the import mode
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_empty_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody has written holds NaN, so that reading it cannot go unnoticed."""
+
+    def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = make(*args, **kwargs)
+            if tensor.is_floating_point() and tensor.device.type != "meta":
+                with torch.no_grad():
+                    tensor.fill_(float("nan"))
+            return tensor
+
+        return empty
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Puts transformers' registries and the functions we wrap back after the test."""
+    from transformers import AttentionInterface, AttentionMaskInterface, cache_utils
+    from transformers.configuration_utils import PreTrainedConfig
+    from transformers.modeling_utils import PreTrainedModel
+
+    tables = [
+        AttentionInterface._global_mapping,
+        AttentionMaskInterface._global_mapping,
+        cache_utils.DYNAMIC_LAYER_TYPE_MAPPING,
+        cache_utils.STATIC_LAYER_TYPE_MAPPING,
+    ]
+    saved = [dict(table) for table in tables]
+    wrapped: list[tuple[Any, str]] = [
+        (PreTrainedModel, "_check_and_adjust_attn_implementation"),
+        (PreTrainedConfig, "attn_params"),
+        (cache_utils, "get_layer_types_and_kwargs"),
+    ]
+    values = [vars(owner).get(name) for owner, name in wrapped]
+    yield
+    for table, content in zip(tables, saved, strict=True):
+        table.clear()
+        table.update(content)
+    for (owner, name), value in zip(wrapped, values, strict=True):
+        if value is not None:
+            setattr(owner, name, value)
+        elif name in vars(owner):
+            delattr(owner, name)

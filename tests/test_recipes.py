@@ -1,0 +1,174 @@
+"""The recipes as users start them: whole runs, and runs that are killed and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its tokenizer in `model`, and a text with structure in `text.txt`."""
+    folder = tmp_path_factory.mktemp("recipes")
+    words = {"</s>": 0} | {f"w{i}": i for i in range(1, 64)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    records = [" ".join(f"w{1 + i * j % 63}" for i in range(20 + 9 * j)) for j in range(1, 30)]
+    (folder / "text").mkdir()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in records)
+    (folder / "text" / "data.jsonl").write_text(lines)
+    return folder
+
+
+def start(recipe: str, inputs: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
+    launch = "-m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1"
+    launch += " --mixed_precision no --dynamo_backend no"
+    line = [
+        *(sys.executable, *launch.split(), str(RECIPES / recipe)),
+        *("--model", str(inputs / "model"), "--dataset", str(inputs / "text")),
+        *("--out", str(out), "--max_steps", str(STEPS), "--logging_steps", "1"),
+        *("--save_steps", "4", "--per_device_train_batch_size", "2", "--learning_rate", "5e-3"),
+        *("--use_cpu", "--disable_tqdm", "true", *options),
+    ]
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(inputs / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(RECIPES.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    with (inputs / f"{out.name}.log").open("ab") as log:
+        return subprocess.Popen(
+            line, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def run_to_the_end(recipe: str, inputs: Path, out: Path, *options: str) -> str:
+    process = start(recipe, inputs, out, *options)
+    assert process.wait(timeout=120) == 0, (inputs / f"{out.name}.log").read_text()[-4000:]
+    return (inputs / f"{out.name}.log").read_text()
+
+
+def kill_after_a_checkpoint(recipe: str, inputs: Path, out: Path, *options: str) -> None:
+    process = start(recipe, inputs, out, *options)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint-8" / "trainer_state.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / f"checkpoint-{STEPS}").exists(), "killed too late to test anything"
+
+
+def logged(folder: Path) -> dict[int, float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+LONG = ["--context_length=64", "--attn=longformer", "--window=8", "--num_global_tokens=2"]
+GQA = ["--context_length=32", "--kv_heads=2", "--attn=sdpa"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [("finetune_long_context.py", LONG), ("uptrain_gqa.py", GQA)],
+    ids=["finetune", "uptrain"],
+)
+def test_killed_and_resumed_equals_uninterrupted(
+    recipe: str, options: list[str], inputs: Path
+) -> None:
+    whole, resumed = inputs / f"whole-{recipe}", inputs / f"resumed-{recipe}"
+    run_to_the_end(recipe, inputs, whole, *options)
+    kill_after_a_checkpoint(recipe, inputs, resumed, *options)
+    run_to_the_end(recipe, inputs, resumed, *options)
+
+    expected, losses = logged(whole), logged(resumed)
+    assert list(expected) == list(losses) == list(range(1, STEPS + 1))
+    assert losses == pytest.approx(expected, abs=1e-6)
+    # The run learned, and went over its rows more than once.
+    assert sum(list(losses.values())[-4:]) < 0.95 * sum(list(losses.values())[:4])
+    check = check_finetuned if recipe.startswith("finetune") else check_uptrained
+    check(whole, inputs)
+    weights = [AutoModelForCausalLM.from_pretrained(out).state_dict() for out in (whole, resumed)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-5)
+
+
+def check_finetuned(out: Path, inputs: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(out, attn_implementation="longformer")
+    assert not (out / "adapter_config.json").exists()
+    assert model.config.attn_params["longformer"] == {
+        "window": 8,
+        "num_global_tokens": 2,
+        "dilation": 1,
+    }
+    assert model.config.rope_parameters["rope_type"] == "yarn"
+    assert model.config.max_position_embeddings == 64
+    assert model.config.use_cache
+    before = LlamaForCausalLM.from_pretrained(inputs / "model").model.layers[0].mlp.up_proj.weight
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+    assert AutoTokenizer.from_pretrained(out)("w5 w6")["input_ids"] == [5, 6]
+
+
+def check_uptrained(out: Path, inputs: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.num_key_value_heads == 2
+    assert model.model.layers[0].self_attn.k_proj.weight.shape == (16, 32)
+    assert model.config.use_cache
+    losses = json.loads((out / "uptrain_results.json").read_text())
+    assert set(losses) == {
+        "loss_before_conversion",
+        "loss_after_conversion",
+        "loss_after_uptraining",
+    }
+    assert losses["loss_after_uptraining"] < losses["loss_after_conversion"]
+    assert losses["loss_before_conversion"] != losses["loss_after_conversion"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ("finetune_long_context.py", [*LONG, "--stride", "4"], "--attn longformer takes"),
+        ("uptrain_gqa.py", [*GQA, "--max_steps", "-1"], "give --max_steps, or --original_steps"),
+    ],
+    ids=["finetune", "uptrain"],
+)
+def test_wrong_options_are_refused(
+    recipe: str, options: list[str], message: str, inputs: Path
+) -> None:
+    out = inputs / f"refused-{recipe}"
+    assert start(recipe, inputs, out, *options).wait(timeout=120) != 0
+    assert message in (inputs / f"{out.name}.log").read_text()
