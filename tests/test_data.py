@@ -7,8 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
+import hf_attn_plugin  # noqa: F401  (registers the names)
 from hf_attn_plugin.data import (
     TextArguments,
     collate_packed,
@@ -90,7 +97,7 @@ def test_collating_without_positions_is_refused() -> None:
         collate_packed(rows)
 
 
-def test_packed_loss_is_that_of_the_documents_one_by_one() -> None:
+def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32,
@@ -100,7 +107,11 @@ def test_packed_loss_is_that_of_the_documents_one_by_one() -> None:
         num_attention_heads=2,
         initializer_range=0.5,
     )
-    model = LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval()
+
+
+def test_packed_loss_is_that_of_the_documents_one_by_one() -> None:
+    model = tiny_llama()
     documents = [torch.randint(32, (n,)) for n in (5, 1, 7, 3)]
     batch = collate_packed(list(pack_documents([d.tolist() for d in documents], 16)))
     packed = model(**batch, use_cache=False)
@@ -113,6 +124,41 @@ def test_packed_loss_is_that_of_the_documents_one_by_one() -> None:
     ]
     expected = torch.stack(losses).sum() / (16 - len(documents))
     torch.testing.assert_close(packed.loss, expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash", "sliding_window"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_trainer_keeps_documents_apart(attention: str, lora: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_llama()
+    documents = [torch.randint(32, (n,)) for n in (5, 9, 2, 8, 8)]
+    rows = list(pack_documents([d.tolist() for d in documents], 16))
+    losses = [
+        torch.nn.functional.cross_entropy(model(d[None]).logits[0, :-1], d[1:], reduction="sum")
+        for d in documents
+        if len(d) > 1
+    ]
+    expected = (torch.stack(losses).sum() / (32 - len(documents))).item()
+
+    model.set_attn_implementation(attention)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        max_steps=1,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(
+        peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM")) if lora else model,
+        arguments,
+        data_collator=collate_packed,
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    assert trainer.train().training_loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_texts_end_with_eos_and_empty_ones_are_left_out(

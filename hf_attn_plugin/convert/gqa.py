@@ -163,7 +163,7 @@ def plan_gqa(
     old, new = (_build_without_weights(model_class, c) for c in (copy.deepcopy(config), new_config))
     new_shapes = {name: parameter.shape for name, parameter in new.named_parameters()}
     shapes = {
-        name: (parameter.shape, new_shapes[name])
+        name: (parameter.shape, new_shapes.get(name, torch.Size()))
         for name, parameter in old.named_parameters()
         if parameter.shape != new_shapes.get(name)
     }
@@ -257,7 +257,8 @@ def _check_shapes(
     others = {
         name.rpartition("layers.")[2].partition(".")[2] or name
         for name, (old, new) in shapes.items()
-        if name.split(".")[-2] not in ("k_proj", "v_proj")
+        if name.split(".")[-2:-1] not in (["k_proj"], ["v_proj"])
+        or not new
         or old[0] * new_heads != new[0] * old_heads
         or old[1:] != new[1:]
     }
