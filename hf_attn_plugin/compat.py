@@ -52,3 +52,15 @@ def paged_names(name: str) -> list[str]:
     from packaging.version import Version
 
     return [f"paged|{name}"] if Version(version("transformers")) < Version("5.19") else []
+
+
+def attention_weights_wanted() -> bool:
+    """Whether the running forward pass was asked for its attention weights.
+
+    Transformers collects them with hooks, and many models pass ``output_attentions`` no further.
+    Goes when transformers tells attention functions what is collected.
+    """
+    from transformers.utils.output_capturing import _active_collector
+
+    collected = _active_collector.get()
+    return bool(collected) and any("attentions" in name for name in collected)

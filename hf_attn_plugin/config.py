@@ -26,6 +26,7 @@ class MethodConfig:
     """Base of the parameter classes; ``name`` is the ``attn_implementation`` it belongs to."""
 
     name: ClassVar[str]
+    __match_args__: ClassVar[tuple[str, ...]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The parameters as plain JSON values."""
@@ -180,7 +181,7 @@ def head_dim_of(config: PreTrainedConfig) -> int | None:
 
 def parse_parameters(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     """Build ``cls`` from plain values, refusing unknown keys by name."""
-    known = [field.name for field in dataclasses.fields(cls)]
+    known = list(cls.__match_args__)  # the fields; dataclasses.fields() cannot be traced
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(

@@ -7,6 +7,7 @@ transformers' default of 0.02 a wrong mask changes the logits of a tiny model by
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -142,6 +143,33 @@ def pairs(
     return mask
 
 
+def drawn_masks(
+    model: Any,
+    batch: int,
+    length: int,
+    rule: Callable[[int, int], bool],
+    valid: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> Any:
+    """Additive masks for eager: ``rule`` within what this decoder lets attend by itself."""
+
+    def draw(own: Callable[[int, int], bool]) -> Tensor:
+        both = lambda q, k: k <= q and own(q, k) and rule(q, k)  # noqa: E731
+        return additive(pairs(batch, length, both, valid, documents))
+
+    kinds = getattr(model.config, "layer_types", None) or []
+    window = getattr(model.config, "sliding_window", None)
+    narrow = lambda q, k: q - k < window  # noqa: E731
+    if "sliding_attention" in kinds:
+        return {"full_attention": draw(lambda q, k: True), "sliding_attention": draw(narrow)}
+    return draw(narrow if window else lambda q, k: True)
+
+
+def counted_positions(valid: Tensor) -> Tensor:
+    """position_ids as ``generate`` makes them from a padding mask."""
+    return (valid.cumsum(1) - 1).clamp(min=0)
+
+
 def additive(mask: Tensor) -> Tensor:
     """A bool mask as eager attention wants it: 0 where a pair attends."""
     return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
@@ -200,16 +228,17 @@ def excess(
 
     The budget is twice eager's own error against float64, and a floor for rounding, both in the
     norm over the whole tensor: an element's error is too small a sample. The floor is measured
-    by the layer's largest gradient, since a key bias has none in truth and only rounding in fact.
+    by the largest gradient of the decoder layer, since some tensors are small samples too (sinks),
+    or zero in truth and rounding in fact (key biases).
     """
     assert ours.keys() == eager.keys() == exact.keys(), "some parameter has no gradient"
-    layer = {name: name.rpartition(".")[0] for name in exact}
+    layer = {name: re.sub(r"(?<=\d)\..*", "", name) for name in exact}
     scale: dict[str, float] = {}
     for name, truth in exact.items():
         scale[layer[name]] = max(scale.get(layer[name], 0.0), float(truth.norm()))
     used = {}
     for name, truth in exact.items():
-        floor = 16 * torch.finfo(torch.float32).eps * scale[layer[name]]
+        floor = 8 * torch.finfo(torch.float32).eps * scale[layer[name]]
         budget = 2 * (eager[name].double() - truth).norm() + floor + 1e-9
         error = (ours[name].double() - truth).norm()
         used[name] = float("inf") if error.isnan() else float(error / budget)

@@ -57,7 +57,7 @@ class _StockHook:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         config: Any = module.config
-        name: str = config._attn_implementation
+        name: str = config._attn_implementation.removeprefix("paged|")
         if name in METHODS:
             return
         cache = kwargs.get("past_key_values")

@@ -8,42 +8,54 @@ check is answered here: registered, and the model's attention goes through the i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
-_METHOD = "_check_and_adjust_attn_implementation"
+_CHECK = "_check_and_adjust_attn_implementation"
+_SET = "set_attn_implementation"
 _MARK = "_hf_attn_plugin_original"
 
 
 def install(names: frozenset[str]) -> None:
-    """Wrap ``PreTrainedModel._check_and_adjust_attn_implementation``; idempotent."""
+    """Wrap the methods of ``PreTrainedModel`` that take a name; idempotent."""
     from transformers.modeling_utils import PreTrainedModel
 
-    original = PreTrainedModel._check_and_adjust_attn_implementation
-    if hasattr(original, _MARK):
+    if hasattr(getattr(PreTrainedModel, _CHECK), _MARK):
         return
+    original_check = getattr(PreTrainedModel, _CHECK)
+    original_set = getattr(PreTrainedModel, _SET)
 
-    @functools.wraps(original)
+    @functools.wraps(original_check)
     def check(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         name = (attn_implementation or "").removeprefix("paged|")
         if name not in names:
-            return original(self, attn_implementation, *args, **kwargs)
+            return original_check(self, attn_implementation, *args, **kwargs)
         refuse_bypassing(type(self), name)
         assert attn_implementation is not None
         return attn_implementation
 
-    setattr(check, _MARK, original)
-    setattr(PreTrainedModel, _METHOD, check)
+    @functools.wraps(original_set)
+    def set_name(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+        # Transformers only logs a warning, and keeps the attention that the model had.
+        if isinstance(attn_implementation, str) and attn_implementation in names:
+            refuse_bypassing(type(self), attn_implementation)
+        return original_set(self, attn_implementation, *args, **kwargs)
+
+    for method, wrapper, original in (
+        (_CHECK, check, original_check),
+        (_SET, set_name, original_set),
+    ):
+        setattr(wrapper, _MARK, original)
+        setattr(PreTrainedModel, method, wrapper)
 
 
 def uninstall() -> None:
-    """Put transformers' own method back."""
+    """Put transformers' own methods back."""
     from transformers.modeling_utils import PreTrainedModel
 
-    wrapped = PreTrainedModel._check_and_adjust_attn_implementation
-    original: Callable[..., str] | None = getattr(wrapped, _MARK, None)
-    if original is not None:
-        setattr(PreTrainedModel, _METHOD, original)
+    for method in (_CHECK, _SET):
+        original = getattr(getattr(PreTrainedModel, method), _MARK, None)
+        if original is not None:
+            setattr(PreTrainedModel, method, original)
 
 
 def refuse_bypassing(model_class: Any, name: str) -> None:

@@ -111,6 +111,11 @@ def _padding(
     """
     if attention_mask is None:
         return None, None
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            "attention_mask must be [batch, tokens] or [batch, 1 or heads, queries, keys]; "
+            f"got {tuple(attention_mask.shape)}."
+        )
     valid = attention_mask.bool()
     missing = kv_length + kv_offset - valid.shape[1]
     if missing > 0:

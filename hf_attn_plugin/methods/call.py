@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_attn_plugin.compat import update_paged_cache
+from hf_attn_plugin.compat import attention_weights_wanted, update_paged_cache
 from hf_attn_plugin.config import ConfigT, parameters_of
 from hf_attn_plugin.methods.counting import record
 from hf_attn_plugin.ops import attention
@@ -87,7 +87,7 @@ def read_call(
             f"{dropout}. Set it to 0 in the model's config (attention_dropout=0.0, in some models "
             "attention_probs_dropout_prob=0.0 or attn_pdrop=0.0), or use 'sdpa'."
         )
-    if extra.get("output_attentions"):
+    if extra.get("output_attentions") or attention_weights_wanted():
         raise ValueError(
             f"attn_implementation={method!r} never holds the attention weights, so "
             "output_attentions=True cannot be honoured. Use attn_implementation='eager'."
@@ -105,6 +105,7 @@ def read_call(
                 "(generate_batch). Use attn_implementation='flash'."
             )
         key, value = update_paged_cache(extra["cache"], key, value, _layer_idx(module), extra)
+        attention_mask = None  # made for the new tokens only; the cumulative lengths say it all
     query, key, value = _under_autocast(query, key, value)
     pattern = _pattern(method, module, query, key, attention_mask, extra)
     return AttentionCall(
@@ -236,11 +237,17 @@ def _pattern(
             )
         pattern = pattern.to(query.device)
     else:
-        pattern = _pattern_of_tensor(method, module, mask, q_len, kv_len, extra)
+        pattern = _pattern_of_tensor(method, module, mask, (query.shape[0], q_len, kv_len), extra)
     if torch.compiler.is_compiling():  # the mask that transformers makes then has everything in it
         return pattern
     lengths_q, lengths_k = extra.get("cu_seq_lens_q"), extra.get("cu_seq_lens_k")
     if lengths_q is not None and lengths_k is not None:
+        if query.shape[0] != 1:
+            raise ValueError(
+                "cu_seq_lens_q and cu_seq_lens_k describe sequences laid out one after another in "
+                f"one batch row; got a batch of {query.shape[0]}. Pass position_ids that start "
+                "again at every document instead."
+            )
         # Kept together with the tensors, so that their ids stay their own.
         laid_out = pattern.derive(
             ("cu_seq_lens", id(lengths_q), id(lengths_k)),
@@ -260,12 +267,22 @@ def _pattern_of_tensor(
     method: str,
     module: nn.Module,
     mask: Tensor | None,
-    q_len: int,
-    kv_len: int,
+    shape: tuple[int, int, int],
     extra: dict[str, Any],
 ) -> Pattern:
     """The pattern of a call that did not come through our mask function."""
+    batch, q_len, kv_len = shape
     if mask is not None and mask.ndim == 4:
+        if mask.shape[2] != q_len or mask.shape[3] < kv_len:
+            raise ValueError(
+                f"attn_implementation={method!r}: a 4D attention_mask must have shape [batch or 1, "
+                f"heads or 1, {q_len}, {kv_len}]; got {tuple(mask.shape)}."
+            )
+        if mask.shape[0] not in (1, batch):
+            raise ValueError(
+                f"attn_implementation={method!r}: attention_mask is for a batch of "
+                f"{mask.shape[0]}, the model's input is one of {batch}."
+            )
         keep = _as_bool(method, mask)[..., :kv_len]
         return Pattern(q_len=q_len, kv_len=kv_len, causal=False, dense=keep)
     causal = extra.get("is_causal")

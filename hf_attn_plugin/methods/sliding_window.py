@@ -39,6 +39,8 @@ def sliding_window_attention(
     window = parameters.window
     if window is None:
         window = getattr(getattr(module, "config", None), "sliding_window", None)
+        if window is not None and not call.pattern.causal:
+            window += 1  # in encoders, configs give the largest distance
     pattern = sparsify(
         call,
         window=window or SlidingWindowConfig.DEFAULT_WINDOW,

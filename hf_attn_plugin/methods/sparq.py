@@ -25,9 +25,10 @@ def sparq_attention(
 ) -> tuple[Tensor, None]:
     """SparQ Attention (arXiv 2312.04985) where it applies, exact attention elsewhere.
 
-    It applies to one query per sequence over earlier keys. Exact are: prefill and training,
-    encoders and cross-attention, layers with a window or chunks of their own, and masks that
-    differ from head to head.
+    It applies to one query per sequence over earlier keys. Exact are: prefill and training, the
+    checking of several guessed tokens at once (assisted generation, prompt lookup), encoders and
+    cross-attention, layers with a window or chunks of their own, and masks that differ from head
+    to head.
 
     Args:
         module: The attention module; its config holds the `SparQConfig`.

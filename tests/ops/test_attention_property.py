@@ -1,4 +1,7 @@
-"""Thousands of random calls of `attention` against attention written out pair by pair."""
+"""Thousands of random calls of `attention` against attention written out pair by pair.
+
+They run on a GPU where there is one.
+"""
 
 import random
 
@@ -11,6 +14,7 @@ from tests.oracle import oracle_attention, oracle_mask
 
 CASES_PER_SEED = 100
 SEEDS = 25
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TENSORS = {
     "key_valid": torch.bool,
     "global_tokens": torch.bool,
@@ -89,7 +93,7 @@ def random_strides(rng: random.Random, shape: tuple[int, ...], dtype: torch.dtyp
     else:
         fused = torch.randn(batch, length, 3, heads, dim, dtype=torch.float64)
         tensor = fused[:, :, 1].transpose(1, 2)
-    return tensor.to(dtype)
+    return tensor.to(DEVICE, dtype)
 
 
 def within_budget(name: str, got, want, plain, dtype, context) -> None:
@@ -135,9 +139,9 @@ def test_random_calls(seed: int) -> None:
         value = random_strides(rng, (batch, kv_heads, kv_len, value_dim), dtype)
         inputs = [query, key, value]
         if rng.random() < 0.25:
-            inputs.append(torch.randn(kv_heads * groups).to(dtype))
-        pattern = to_pattern(spec, q_len, kv_len)
-        mask = oracle_mask(batch, q_len, kv_len, spec)
+            inputs.append(torch.randn(kv_heads * groups).to(DEVICE, dtype))
+        pattern = to_pattern(spec, q_len, kv_len).to(DEVICE)
+        mask = oracle_mask(batch, q_len, kv_len, spec).to(DEVICE)
         context = {
             "case": (seed, case),
             "shape": (batch, kv_heads, groups, q_len, kv_len, dim, value_dim),
@@ -148,8 +152,8 @@ def test_random_calls(seed: int) -> None:
             **{k: v for k, v in spec.items() if k not in TENSORS},
             "tensors": [k for k in spec if k in TENSORS],
         }
-        direction = torch.randn(batch, kv_heads * groups, q_len, value_dim).to(dtype)
-        lse_direction = torch.randn(batch, kv_heads * groups, q_len)
+        direction = torch.randn(batch, kv_heads * groups, q_len, value_dim).to(DEVICE, dtype)
+        lse_direction = torch.randn(batch, kv_heads * groups, q_len).to(DEVICE)
 
         def results(function, as_dtype, inputs=inputs, direction=direction, turn=lse_direction):
             leaves = [t.detach().to(as_dtype).requires_grad_() for t in inputs]
