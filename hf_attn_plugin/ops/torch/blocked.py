@@ -144,9 +144,11 @@ class _BlockedAttention(torch.autograd.Function):
         return output, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[override]
+    @torch.autograd.function.once_differentiable
     @_without_autocast
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # type: ignore[override]  # the decorators hide its arguments
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         grad_output, grad_lse = grads
         query, key, value, sinks, output, lse = ctx.saved_tensors
         problem: _Problem = ctx.problem
