@@ -7,6 +7,7 @@ that ``save_pretrained`` writes them to ``config.json`` and ``from_pretrained`` 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
@@ -236,9 +237,20 @@ def configure(
             f"got {type(model_or_config).__name__}."
         )
     parameters.check_model(config)
-    current = getattr(config, "attn_params", None) or {}
-    config.attn_params = {**current, parameters.name: parameters.to_dict()}
+    for part in _parts(config):
+        current = getattr(part, "attn_params", None) or {}
+        # Past the property that hands a value down: every part keeps what it has of other methods.
+        part.__dict__["attn_params"] = {**current, parameters.name: parameters.to_dict()}
     return model_or_config
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """A config and those nested in it."""
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if hasattr(part, "sub_configs"):
+            yield from _parts(part)
 
 
 def parameters_of(config: PreTrainedConfig | None, cls: type[ConfigT]) -> ConfigT:

@@ -27,8 +27,10 @@ def count_reads(model: nn.Module) -> Iterator[CacheReadCounter]:
         The counter, which stays readable after the block.
     """
     counter = CacheReadCounter()
-    modules = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
-    modules = [m for m in modules if not any(hasattr(c, "layer_idx") for c in _below(m))]
+    modules = [m for m in model.modules() if _attends(m)]
+    modules = [
+        m for m in modules if not any(_attends(part) for part in m.modules() if part is not m)
+    ]
     handles = []
     for module in modules:
         setattr(module, COUNTER_ATTRIBUTE, counter)
@@ -43,8 +45,10 @@ def count_reads(model: nn.Module) -> Iterator[CacheReadCounter]:
                 delattr(module, COUNTER_ATTRIBUTE)
 
 
-def _below(module: nn.Module) -> Iterator[nn.Module]:
-    return (m for m in module.modules() if m is not module)
+def _attends(module: nn.Module) -> bool:
+    """Whether this looks like the module that calls the attention function (or one around it)."""
+    marks = hasattr(module, "layer_idx") or hasattr(module, "is_causal")
+    return marks and hasattr(module, "config")
 
 
 class _StockHook:

@@ -20,6 +20,17 @@ from hf_attn_plugin.patterns import Pattern, PatternMask
 MaskFunction = Callable[..., Any]
 
 
+# The makers of mask functions whose meaning is known.
+_MAKERS = (
+    "and_masks",
+    "sliding_window_overlay",
+    "sliding_window_bidirectional_overlay",
+    "packed_sequence_mask_function",
+    "remap_positions_for_packed_sequence",
+    "chunked_overlay",
+)
+
+
 @dataclasses.dataclass
 class _Terms:
     """What a mask function was found to ask for."""
@@ -42,15 +53,18 @@ def pattern_mask(
     attention_mask: Tensor | PatternMask | None = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> PatternMask | Tensor:
+) -> PatternMask:
     """Transformers' mask interface; the arguments are those of ``masking_utils.sdpa_mask``.
 
     Returns:
-        A `PatternMask`; under ``torch.compile``, which cannot follow closures, a dense bool mask
-        ``[batch, 1, q_length, kv_length]``.
+        A `PatternMask`. Under ``torch.compile``, which cannot follow closures, and for mask
+        functions that are not known, its pattern holds a dense mask.
     """
     if isinstance(attention_mask, PatternMask):  # static caches hand a finished mask in again
         return attention_mask
+
+    if isinstance(q_offset, Tensor):
+        q_offset = q_offset.clone()  # the static cache counts on in this very tensor
 
     def dense() -> Tensor:
         make: Callable[..., Any] = masking_utils.sdpa_mask
@@ -67,18 +81,17 @@ def pattern_mask(
         )
         return mask
 
-    if torch.compiler.is_compiling():
-        return dense()
     terms = _Terms()
-    known = _read(mask_function, terms) and not (terms.band is not None and not terms.causal)
-    start = int(q_offset)
+    known = not torch.compiler.is_compiling() and _read(mask_function, terms)
+    if terms.band is not None and not terms.causal:  # a window that is open towards the end
+        known = False
     key_valid, kv_ranks = _padding(attention_mask, kv_length, kv_offset)
     if not known:
         pattern = Pattern(
             q_len=q_length,
             kv_len=kv_length,
             causal=False,
-            q_offset=start,
+            q_offset=q_offset,
             kv_offset=kv_offset,
             key_valid=key_valid,
             kv_ranks=kv_ranks,
@@ -86,13 +99,13 @@ def pattern_mask(
         )
         return PatternMask(pattern, batch_size)
     bands = [band for band in (terms.band, terms.symmetric_band) if band is not None]
-    documents = _documents(terms, q_length, kv_length, start, kv_offset, device)
+    documents = _documents(terms, q_length, kv_length, q_offset, kv_offset, device)
     pattern = Pattern(
         q_len=q_length,
         kv_len=kv_length,
         causal=terms.causal,
         band=min(bands, default=None),
-        q_offset=start,
+        q_offset=q_offset,
         kv_offset=kv_offset,
         key_valid=key_valid,
         kv_ranks=kv_ranks,
@@ -126,14 +139,16 @@ def _padding(
         counted = valid.to(torch.int64)
         ranks = (counted.cumsum(1) - counted)[:, window]
     valid = valid[:, window]
-    return (None if bool(valid.all()) else valid), ranks
+    if not torch.compiler.is_compiling() and bool(valid.all()):
+        return None, ranks
+    return valid, ranks
 
 
 def _documents(
     terms: _Terms,
     q_length: int,
     kv_length: int,
-    q_offset: int,
+    q_offset: int | Tensor,
     kv_offset: int,
     device: torch.device | str,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -161,9 +176,7 @@ def _read(function: MaskFunction, terms: _Terms) -> bool:
         return True
     if function is masking_utils.bidirectional_mask_function:
         return True
-    if getattr(function, "__module__", None) != masking_utils.__name__:
-        return False
-    maker = getattr(function, "__qualname__", "").split(".")[0]
+    maker = _maker(function)
     cells = _cells(function)
     if maker == "and_masks":
         return all(_read(part, terms) for part in cells["mask_functions"])
@@ -183,6 +196,19 @@ def _read(function: MaskFunction, terms: _Terms) -> bool:
         terms.chunk = (cells["chunk_size"], cells["left_padding"])
         return True
     return False
+
+
+def _maker(function: MaskFunction) -> str | None:
+    """The function of ``masking_utils`` that made this closure, known by the code it holds.
+
+    Names would not do: a user's function can carry upstream's, by ``functools.wraps`` for one.
+    """
+    code = getattr(function, "__code__", None)
+    for name in _MAKERS:
+        maker = getattr(masking_utils, name, None)  # 5.17 does not have all of them
+        if maker is not None and code is not None and code in maker.__code__.co_consts:
+            return name
+    return None
 
 
 def _cells(function: MaskFunction) -> dict[str, Any]:

@@ -238,8 +238,6 @@ def _pattern(
         pattern = pattern.to(query.device)
     else:
         pattern = _pattern_of_tensor(method, module, mask, (query.shape[0], q_len, kv_len), extra)
-    if torch.compiler.is_compiling():  # the mask that transformers makes then has everything in it
-        return pattern
     lengths_q, lengths_k = extra.get("cu_seq_lens_q"), extra.get("cu_seq_lens_k")
     if lengths_q is not None and lengths_k is not None:
         if query.shape[0] != 1:
@@ -255,6 +253,8 @@ def _pattern(
         )
         return laid_out[0]
     positions = extra.get("position_ids")
+    if not isinstance(mask, PatternMask):  # a mask of the caller's own is the whole truth
+        return pattern
     if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == q_len:
         made = pattern.derive(
             ("position_ids", id(positions)), lambda: (_with_restarts(pattern, positions), positions)
@@ -325,10 +325,14 @@ def _with_restarts(pattern: Pattern, positions: Tensor) -> Pattern:
     Transformers' own masks miss them whenever a cache is made too or a mask is passed; such
     documents would then attend to each other.
     """
-    if pattern.q_documents is not None or pattern.q_len < 2 or not pattern.causal:
+    one_way = pattern.causal or pattern.dense is not None
+    if pattern.q_documents is not None or pattern.q_len < 2 or not one_way:
         return pattern
     breaks = positions[:, 1:] != positions[:, :-1] + 1
+    compiling = torch.compiler.is_compiling()  # then no value may be looked at
     if pattern.q_len != pattern.kv_len:
+        if compiling:
+            return pattern
         valid = pattern.key_valid
         inside = valid is None or bool(valid.all())
         if pattern.dense is None and inside and bool(breaks.any()):
@@ -341,7 +345,7 @@ def _with_restarts(pattern: Pattern, positions: Tensor) -> Pattern:
     valid = pattern.key_valid
     if valid is not None:  # padding may be numbered in any way
         breaks = breaks & valid[:, 1:] & valid[:, :-1]
-    if not bool(breaks.any()):
+    if not compiling and not bool(breaks.any()):
         return pattern
     documents = torch.nn.functional.pad(breaks.to(torch.int64).cumsum(1), (1, 0))
     return pattern.replace(q_documents=documents, kv_documents=documents)

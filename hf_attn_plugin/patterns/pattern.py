@@ -163,9 +163,12 @@ class Pattern:
     @property
     def first_query(self) -> int:
         """Position of the first query. Reads the value of a tensor offset (synchronises)."""
-        if self.q_offset is None:
+        offset = self.q_offset
+        if offset is None:
             return self.kv_offset + self.kv_len - self.q_len
-        return int(self.q_offset)
+        if isinstance(offset, Tensor):
+            return self.derive("first query", lambda: int(offset))
+        return offset
 
     def replace(self, **changes: Any) -> Pattern:
         """A copy with some fields changed and nothing derived."""
