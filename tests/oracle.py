@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 
@@ -29,24 +31,10 @@ def oracle_mask(batch: int, q_len: int, kv_len: int, spec: dict) -> torch.Tensor
         valid, kv_doc, q_doc = row("key_valid"), row("kv_documents"), row("q_documents")
         marked = row("global_tokens")
 
-        def rank(j: int) -> int:
-            """How many valid tokens of the same document stand before key j."""
-            if valid is None and kv_doc is None:
-                return kv_offset + j
-            before = 0
-            for other in range(j - 1, -1, -1):
-                if kv_doc is not None and kv_doc[other] != kv_doc[j]:
-                    break
-                before += valid is None or valid[other]
-            return before
-
-        def is_first(j: int, count: int) -> bool:
-            return rank(j) < count and (valid is None or bool(valid[j]))
-
-        sinks = [is_first(j, spec.get("num_sink_tokens", 0)) for j in range(kv_len)]
+        first = functools.partial(_is_first, valid=valid, kv_doc=kv_doc, kv_offset=kv_offset)
+        sinks = [first(j, spec.get("num_sink_tokens", 0)) for j in range(kv_len)]
         globals_ = [
-            is_first(j, spec.get("num_global_tokens", 0))
-            or (marked is not None and bool(marked[j]))
+            first(j, spec.get("num_global_tokens", 0)) or (marked is not None and bool(marked[j]))
             for j in range(kv_len)
         ]
         for i in range(q_len):
@@ -71,6 +59,18 @@ def oracle_mask(batch: int, q_len: int, kv_len: int, spec: dict) -> torch.Tensor
                         continue
                 mask[b, i, j] = True
     return mask
+
+
+def _is_first(j: int, count: int, *, valid, kv_doc, kv_offset: int) -> bool:
+    """Whether key j is among the first valid tokens of its document."""
+    if valid is None and kv_doc is None:
+        return kv_offset + j < count
+    before = 0
+    for other in range(j - 1, -1, -1):
+        if kv_doc is not None and kv_doc[other] != kv_doc[j]:
+            break
+        before += valid is None or valid[other]
+    return before < count and (valid is None or bool(valid[j]))
 
 
 def oracle_attention(

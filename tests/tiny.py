@@ -279,4 +279,3 @@ def assert_differs(result: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     """The negative control: another mask would have been noticed by a wide margin."""
     gap = (result["logits"] - other["logits"]).norm() / result["logits"].norm()
     assert gap > 1e-3, f"the control changes the logits by {float(gap):.2g} only"
-

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from hf_attn_plugin.compat import paged_names
+
 _CHECK = "_check_and_adjust_attn_implementation"
 _SET = "set_attn_implementation"
 _MARK = "_hf_attn_plugin_original"
@@ -25,13 +27,12 @@ def install(names: frozenset[str]) -> None:
     original_set = getattr(PreTrainedModel, _SET)
 
     @functools.wraps(original_check)
-    def check(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+    def check(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str | None:
         name = (attn_implementation or "").removeprefix("paged|")
         if name not in names:
             return original_check(self, attn_implementation, *args, **kwargs)
         refuse_bypassing(type(self), name)
-        assert attn_implementation is not None
-        return attn_implementation
+        return attn_implementation if attn_implementation in paged_names(name) else name
 
     @functools.wraps(original_set)
     def set_name(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:

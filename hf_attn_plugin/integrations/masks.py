@@ -83,7 +83,9 @@ def pattern_mask(
 
     terms = _Terms()
     known = not torch.compiler.is_compiling() and _read(mask_function, terms)
-    if terms.band is not None and not terms.causal:  # a window that is open towards the end
+    # Left to the dense mask: a window that is open towards the end, and the empty one that models
+    # with their windows switched off make and never use.
+    if terms.band is not None and (not terms.causal or terms.band < 1):
         known = False
     key_valid, kv_ranks = _padding(attention_mask, kv_length, kv_offset)
     if not known:
@@ -181,7 +183,7 @@ def _read(function: MaskFunction, terms: _Terms) -> bool:
     if maker == "and_masks":
         return all(_read(part, terms) for part in cells["mask_functions"])
     if maker == "sliding_window_overlay":
-        terms.band = min(cells["sliding_window"], terms.band or cells["sliding_window"])
+        terms.band = cells["sliding_window"]
         return True
     if maker == "sliding_window_bidirectional_overlay":
         terms.symmetric_band = cells["sliding_window"] + 1  # its distance is inclusive

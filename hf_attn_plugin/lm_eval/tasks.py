@@ -169,9 +169,10 @@ def niah_documents(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def niah_score(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 when the first number of the generated text is the hidden one, digit for digit."""
-    found = re.match(r"\W*(\d+)", results[0])
-    return {"exact_match": float(found is not None and found[1] == document["value"])}
+    """1 when the generated text begins with the hidden number or word, and not with a longer one."""
+    value = str(document["value"])
+    found = re.match(r"\W*(\d+)" if value.isdecimal() else r"\W*(\w+)", results[0])
+    return {"exact_match": float(found is not None and found[1] == value)}
 
 
 def long_bpb_documents(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:

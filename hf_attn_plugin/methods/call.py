@@ -342,13 +342,28 @@ def _with_restarts(pattern: Pattern, positions: Tensor) -> Pattern:
                 "row of its own."
             )
         return pattern
-    valid = pattern.key_valid
-    if valid is not None:  # padding may be numbered in any way
-        breaks = breaks & valid[:, 1:] & valid[:, :-1]
+    if pattern.key_valid is not None:
+        breaks = _restarts_between_valid(positions, pattern.key_valid)[:, 1:]
     if not compiling and not bool(breaks.any()):
         return pattern
     documents = torch.nn.functional.pad(breaks.to(torch.int64).cumsum(1), (1, 0))
     return pattern.replace(q_documents=documents, kv_documents=documents)
+
+
+def _restarts_between_valid(positions: Tensor, valid: Tensor) -> Tensor:
+    """Where a document starts, bool ``[batch, tokens]``; padding may be numbered in any way.
+
+    Valid tokens next to each other belong together when their positions do. Across padding, only
+    a position that does not go on upwards tells of a new document.
+    """
+    positions, valid = torch.broadcast_tensors(positions, valid)
+    index = torch.arange(positions.shape[1], device=positions.device)
+    last_valid = torch.where(valid, index, -1).cummax(1).values
+    before = torch.nn.functional.pad(last_valid[:, :-1], (1, 0), value=-1)
+    previous = positions.gather(1, before.clamp(min=0))
+    adjacent = before == index - 1
+    restart = torch.where(adjacent, positions != previous + 1, positions <= previous)
+    return restart & valid & (before >= 0)
 
 
 def _with_lengths(pattern: Pattern, lengths_q: Tensor, lengths_k: Tensor) -> Pattern:

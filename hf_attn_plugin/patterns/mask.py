@@ -35,6 +35,12 @@ class PatternMask:
         """``[batch, 1, q_len, kv_len]``."""
         return torch.Size((self.batch_size, 1, self.pattern.q_len, self.pattern.kv_len))
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"this model's code asks its attention mask for {name!r}, but under this attention the "
+            "mask is a pattern and holds no values. Use attn_implementation='sdpa' or 'eager'."
+        )
+
     def contiguous(self) -> PatternMask:
         """Itself."""
         return self

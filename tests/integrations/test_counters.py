@@ -46,14 +46,15 @@ def in_window(length: int, parameters: Any) -> int:
         return sum(query - k < window or k < sinks for k in range(length))
     if isinstance(parameters, LongformerConfig):
         return sum(
-            (query - k) % parameters.dilation == 0
-            and query - k < parameters.window * parameters.dilation
+            (
+                (query - k) % parameters.dilation == 0
+                and query - k < parameters.window * parameters.dilation
+            )
             or k < parameters.num_global_tokens
             for k in range(length)
         )
     return sum(
-        query - k < parameters.window or (query - k) % parameters.stride == 0
-        for k in range(length)
+        query - k < parameters.window or (query - k) % parameters.stride == 0 for k in range(length)
     )
 
 

@@ -62,8 +62,8 @@ def base_function(kind: str, rng: random.Random, mask: Tensor | None, batch: int
         "causal": lambda: masking_utils.causal_mask_function,
         "bidirectional": lambda: masking_utils.bidirectional_mask_function,
         "window": lambda: masking_utils.sliding_window_causal_mask_function(width),
-        "bidirectional window": lambda: (
-            masking_utils.sliding_window_bidirectional_mask_function(width)
+        "bidirectional window": lambda: masking_utils.sliding_window_bidirectional_mask_function(
+            width
         ),
         "chunks": lambda: masking_utils.chunked_causal_mask_function(
             width, left_padding(mask, batch)
@@ -107,12 +107,8 @@ def test_random_sizes_offsets_and_padding(kind: str) -> None:
 def packed(function: Callable, positions: Tensor, documents: Tensor) -> Callable:
     """As this version of transformers packs documents."""
     if hasattr(masking_utils, "packed_sequence_compatibility_function"):
-        return masking_utils.packed_sequence_compatibility_function(
-            function, positions, documents
-        )
-    return masking_utils.and_masks(
-        function, masking_utils.packed_sequence_mask_function(documents)
-    )
+        return masking_utils.packed_sequence_compatibility_function(function, positions, documents)
+    return masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(documents))
 
 
 @pytest.mark.parametrize("kind", ["causal", "window", "chunks"])
@@ -144,7 +140,7 @@ def test_static_caches_hand_the_finished_mask_back() -> None:
 # -- what is not known falls back to a dense mask, and is right ------------------------------------
 
 
-def sliding_window_overlay(width: int) -> Callable:  # noqa: D103
+def sliding_window_overlay(width: int) -> Callable:
     """A user's function that is named like upstream's and means something else."""
 
     def inner_mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -235,8 +231,17 @@ def test_a_custom_mask_function_of_the_user_reaches_the_layers() -> None:
     assert (logits["flash"] - plain).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("layout", ["whole", "padded", "packed"])
-@pytest.mark.parametrize("name", ["flash", "sliding_window", "longformer", "strided"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("flash", "whole"),
+        ("flash", "packed"),
+        ("sliding_window", "padded"),
+        ("sliding_window", "packed"),
+        ("longformer", "padded"),
+        ("strided", "whole"),
+    ],
+)
 def test_compiled_models_compute_the_same(name: str, layout: str) -> None:
     """Closures cannot be read while compiling; the mask is then made dense."""
     import hf_attn_plugin

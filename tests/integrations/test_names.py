@@ -106,11 +106,8 @@ def test_import_is_quick() -> None:
 
 ORDERS = {
     "plugin first": "import hf_attn_plugin, torch, transformers",
-    "plugin between": "import torch, hf_attn_plugin, transformers",
     "plugin last": "import transformers, torch, hf_attn_plugin",
     "plugin after the model class": "from transformers import AutoModelForCausalLM, LlamaModel;"
-    "import hf_attn_plugin",
-    "plugin twice": "import hf_attn_plugin, sys; sys.modules.pop('hf_attn_plugin');"
     "import hf_attn_plugin",
 }
 
@@ -218,3 +215,12 @@ def test_a_part_of_a_multimodal_model_by_name() -> None:
     with hf_attn_plugin.count_reads(model) as reads:
         model(random_ids(1, LENGTH))
     assert reads.calls["sparq"] == 2
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "deberta-v2"])
+def test_changing_a_model_that_bypasses_the_interface_is_refused(family: str) -> None:
+    """Transformers only logs a warning here, and keeps the attention that the model had."""
+    model = from_config(tiny_config(family), "eager")
+    with pytest.raises(ValueError, match="computes attention by itself"):
+        model.set_attn_implementation("sparq")
+    model.set_attn_implementation("eager")

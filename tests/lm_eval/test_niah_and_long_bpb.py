@@ -118,6 +118,35 @@ def test_only_the_exact_number_counts(generated, score):
     assert niah_score({"value": "4821"}, [generated]) == {"exact_match": score}
 
 
+@pytest.mark.parametrize(
+    ("generated", "score"),
+    [
+        (" amber.\n", 1.0),
+        ("amber", 1.0),
+        (": *amber* is", 1.0),
+        (" ambers", 0.0),
+        (" amber_2", 0.0),
+        (" coral, amber", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_words_are_scored_like_numbers(generated, score):
+    assert niah_score({"value": "amber"}, [generated]) == {"exact_match": score}
+
+
+def test_a_template_of_words(tokenizer, text_file):
+    words = {
+        "values": ["amber", "coral"],
+        "needle": " Pass {key}: {value}.",
+        "question": " Pass {key}:",
+    }
+    metadata = {"niah": {**NIAH, "files": [text_file], "template": words}}
+    (task,) = load_tasks(tokenizer, "niah", metadata)
+    documents = list(task.test_docs())
+    assert {document["value"] for document in documents} == {"amber", "coral"}
+    assert all(f" Pass {d['key']}: {d['value']}." in d["context"] for d in documents)
+
+
 def test_the_default_haystack_needs_no_files(tokenizer):
     tasks = load_tasks(
         tokenizer,

@@ -122,9 +122,7 @@ def test_fewer_queries_sit_at_the_last_keys() -> None:
 def test_softcap_and_sinks_by_either_name() -> None:
     q, k, v = tensors()
     sinks = torch.randn(4)
-    wanted = specification(
-        q, k, v, Pattern(q_len=7, kv_len=7), softcap=1.5, sinks=sinks.double()
-    )
+    wanted = specification(q, k, v, Pattern(q_len=7, kv_len=7), softcap=1.5, sinks=sinks.double())
     for name in ("s_aux", "sinks"):
         output, _ = METHODS["flash"](layer(), q, k, v, None, softcap=1.5, **{name: sinks})
         torch.testing.assert_close(output, wanted)

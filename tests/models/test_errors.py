@@ -109,7 +109,7 @@ def test_masks_of_the_wrong_shape_or_type_are_refused(name: str, mask: torch.Ten
 @pytest.mark.parametrize("shape", [(2, LENGTH - 1), (2, 1, LENGTH), (3, LENGTH)])
 def test_global_attention_mask_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
     model = tiny_model("llama", "longformer")
-    with pytest.raises(ValueError, match="global_tokens|global_attention_mask"):
+    with pytest.raises(ValueError, match=r"global_tokens|global_attention_mask"):
         model(random_ids(2, LENGTH), global_attention_mask=torch.ones(shape))
 
 

@@ -145,9 +145,9 @@ def test_cumulative_lengths_of_a_whole_batch_are_refused() -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "bert"])
 def test_masks_made_by_the_user(family: str, kind: str) -> None:
     eager = tiny_model(family)
-    keep = pairs(2, LENGTH, lambda q, k: k <= q and (q * k) % 3 != 1 or q == k)
+    keep = pairs(2, LENGTH, lambda q, k: (k <= q and (q * k) % 3 != 1) or q == k)
     if kind == "per head":
-        other = pairs(2, LENGTH, lambda q, k: k <= q and (q + k) % 4 != 1 or q == k)
+        other = pairs(2, LENGTH, lambda q, k: (k <= q and (q + k) % 4 != 1) or q == k)
         keep = torch.cat([keep, keep, other, other], 1)
     given = additive(keep) if kind == "float" else keep
     ids = random_ids(2, LENGTH)
@@ -224,3 +224,26 @@ def test_training_steps_follow_the_same_path() -> None:
         losses.append(path)
     assert losses[0][0] > losses[0][-1]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_packed_documents_with_padding_between_them() -> None:
+    eager = tiny_model("llama")
+    ids, mask = random_ids(1, 14), torch.ones(1, 14, dtype=torch.long)
+    mask[0, 6:9] = 0
+    positions = torch.tensor([[*range(6), 0, 0, 0, *range(5)]])
+    with torch.no_grad():
+        found = twin(eager, "flash")(ids, attention_mask=mask, position_ids=positions).logits
+        alone = [eager(part).logits for part in (ids[:, :6], ids[:, 9:])]
+    torch.testing.assert_close(found[:, :6], alone[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[:, 9:], alone[1], atol=1e-5, rtol=1e-4)
+
+
+def test_padding_inside_one_document_does_not_split_it() -> None:
+    eager = tiny_model("llama")
+    ids, mask = random_ids(1, 14), torch.ones(1, 14, dtype=torch.long)
+    mask[0, 6:9] = 0
+    for positions in (torch.arange(14)[None], (mask.cumsum(1) - 1)):
+        with torch.no_grad():
+            found = twin(eager, "flash")(ids, attention_mask=mask, position_ids=positions).logits
+            want = eager(ids, attention_mask=mask, position_ids=positions).logits
+        torch.testing.assert_close(found[mask == 1], want[mask == 1], atol=1e-5, rtol=1e-4)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from tiny import (
-    DECODERS,
     LENGTH,
     WINDOW,
     additive,
@@ -62,10 +61,6 @@ PACKED = [[7, 5, 8], [13, 7]]
 
 def sparse_twin(eager: Any, parameters: Any) -> Any:
     return hf_attn_plugin.configure(twin(eager, parameters.name), parameters)
-
-
-def dense(q: int, k: int) -> bool:
-    return True
 
 
 def check(ours: Any, eager: Any, inputs: Any, masks: Any, valid: Tensor | None = None) -> Any:
@@ -164,9 +159,9 @@ def draw_rows(flags: Tensor, near: Rule, causal: bool, valid: Tensor | None = No
     rows = []
     for row in range(len(flags)):
         seen = global_rule(flags, row, near)
-        both = lambda q, k, seen=seen: (k <= q or not causal) and seen(q, k)
-        length = flags.shape[1]
-        mask = torch.tensor([[[[both(q, k) for k in range(length)] for q in range(length)]]])
+        tokens = range(flags.shape[1])
+        cells = [[(k <= q or not causal) and seen(q, k) for k in tokens] for q in tokens]
+        mask = torch.tensor([[cells]])
         if valid is not None:
             mask = mask & valid[row].bool() & valid[row].bool()[:, None]
         rows.append(mask)
@@ -259,14 +254,14 @@ def test_gradient_checkpointing(case: str, reentrant: bool) -> None:
     assert_within_budget(ours, eager, inputs, reference=reference)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_long_sequences_visit_blocks(family: str) -> None:
     """Long enough for several blocks of the schedule, with padding and documents."""
-    length = 300
+    length = 200
     eager = tiny_model(family, max_position_embeddings=512)
     parameters = SlidingWindowConfig(window=70, num_sink_tokens=3)
     ours = sparse_twin(eager, parameters)
-    rows = [[130, 170], [300]]
+    rows = [[80, 120], [200]]
     inputs = {"input_ids": random_ids(2, length), "position_ids": pack_positions(rows)}
     masks = drawn_masks(
         eager, 2, length, lambda q, k: q - k < 70 or k < 3, None, document_numbers(rows)
