@@ -169,7 +169,7 @@ def niah_documents(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def niah_score(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 when the generated text begins with the hidden number or word, and not with a longer one."""
+    """1 when the generated text begins with the hidden number or word, and no longer one."""
     value = str(document["value"])
     found = re.match(r"\W*(\d+)" if value.isdecimal() else r"\W*(\w+)", results[0])
     return {"exact_match": float(found is not None and found[1] == value)}

@@ -112,9 +112,9 @@ def _card(settings: QuickstartSettings, results: Mapping[str, Any], command: str
             f"A Llama of {results['pretrained']['parameters']:,} parameters, trained from scratch "
             f"in minutes on {text['source']} at a context of {settings.context} tokens; fine-tuned "
             f"to {settings.long_context} tokens with `longformer` attention (window "
-            f"{settings.window}, {settings.global_tokens} global tokens), linear RoPE scaling, LoRA "
-            f"and packed documents; converted from {old_heads} to {new_heads} key/value heads by mean-pooling "
-            f"and trained on for {settings.uptrain_steps} steps, "
+            f"{settings.window}, {settings.global_tokens} global tokens), linear RoPE scaling, "
+            f"LoRA and packed documents; converted from {old_heads} to {new_heads} key/value heads "
+            f"by mean-pooling and trained on for {settings.uptrain_steps} steps, "
             f"{settings.uptrain_fraction:.0%} of those before, which recovered "
             f"{recovered(converted):.0%} of the loss that the conversion had cost."
         ),
