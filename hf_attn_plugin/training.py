@@ -22,5 +22,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
         for state in Path(folder).glob("checkpoint-*/trainer_state.json")
         if state.stat().st_size > 0
     ]
-    steps = {int(state.parent.name.removeprefix("checkpoint-")): state.parent for state in states}
+    named = {state.parent.name.removeprefix("checkpoint-"): state.parent for state in states}
+    # A user's own copies, such as checkpoint-best, are not the Trainer's.
+    steps = {int(name): path for name, path in named.items() if name.isdecimal()}
     return str(steps[max(steps)]) if steps else None

@@ -229,3 +229,12 @@ def test_last_checkpoint_is_the_newest_complete_one(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-12").mkdir()
     (tmp_path / "checkpoint-12" / "trainer_state.json").touch()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_copies_of_checkpoints_are_not_resumed_from(tmp_path) -> None:
+    from hf_attn_plugin.training import last_checkpoint
+
+    for name in ("checkpoint-3", "checkpoint-20", "checkpoint-best", "checkpoint-40.bak"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")

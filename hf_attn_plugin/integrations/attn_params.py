@@ -19,6 +19,9 @@ def _get(config: Any) -> dict[str, Any] | None:
 
 
 def _set(config: Any, values: dict[str, Any] | None) -> None:
+    # While a config is built from a file, its parts have already taken up what the file says of
+    # them; a value set later on is meant for all.
+    building = ATTRIBUTE not in config.__dict__
     if values is None:
         config.__dict__.pop(ATTRIBUTE, None)
     else:
@@ -26,7 +29,8 @@ def _set(config: Any, values: dict[str, Any] | None) -> None:
     for name in config.sub_configs:
         part = getattr(config, name, None)
         if part is not None and hasattr(type(part), ATTRIBUTE):
-            setattr(part, ATTRIBUTE, values)
+            own = part.__dict__.get(ATTRIBUTE) if building else None
+            setattr(part, ATTRIBUTE, {**values, **own} if own and values else values)
 
 
 def install() -> None:

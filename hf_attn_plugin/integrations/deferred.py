@@ -31,29 +31,36 @@ def _is_loaded(name: str) -> bool:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module through the other finders, and has the action run after it."""
+    """Finds one module through the other finders, and has the action run after its import.
+
+    It stays until an import has succeeded: looking the module up is none, nor is a failure.
+    """
 
     def __init__(self, name: str, action: Action) -> None:
         self.name, self.action = name, action
+        self.searching = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
         if spec is None or spec.loader is None:
             return None
-        spec.loader = _Loader(spec.loader, self.action)
+        spec.loader = _Loader(spec.loader, self)
         return spec
 
 
 class _Loader(Loader):
-    """Loads like another loader and then runs the action."""
+    """Loads like another loader, and then runs the finder's action."""
 
-    def __init__(self, loader: Loader, action: Action) -> None:
-        self.loader, self.action = loader, action
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
+        self.loader, self.finder = loader, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -63,4 +70,6 @@ class _Loader(Loader):
             module.__spec__.loader = self.loader  # leave no trace: inspect and pickle read it
         module.__loader__ = self.loader
         self.loader.exec_module(module)
-        self.action()
+        if self.finder in sys.meta_path:
+            self.finder.action()
+            sys.meta_path.remove(self.finder)

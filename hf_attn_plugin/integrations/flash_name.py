@@ -28,7 +28,7 @@ def install(names: frozenset[str]) -> None:
 
     @functools.wraps(original_check)
     def check(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str | None:
-        name = (attn_implementation or "").removeprefix("paged|")
+        name = str(attn_implementation).removeprefix("paged|")
         if name not in names:
             return original_check(self, attn_implementation, *args, **kwargs)
         refuse_bypassing(type(self), name)
@@ -37,8 +37,11 @@ def install(names: frozenset[str]) -> None:
     @functools.wraps(original_set)
     def set_name(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
         # Transformers only logs a warning, and keeps the attention that the model had.
-        if isinstance(attn_implementation, str) and attn_implementation in names:
-            refuse_bypassing(type(self), attn_implementation)
+        own = attn_implementation
+        if isinstance(own, dict):
+            own = own.get("")  # the model itself; its parts are named
+        if isinstance(own, str) and own in names:
+            refuse_bypassing(type(self), own)
         return original_set(self, attn_implementation, *args, **kwargs)
 
     for method, wrapper, original in (

@@ -55,6 +55,11 @@ class AttentionCall:
         """Whether this is one query per sequence over earlier keys."""
         return self.pattern.q_len == 1 and self.pattern.kv_len > 1
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether the layer looks back only. A mask of the caller's own does not tell."""
+        return _is_causal(self.module, self.extra)
+
     def parameters(self, cls: type[ConfigT]) -> ConfigT:
         """The method's parameters in the model's config, or its defaults."""
         return parameters_of(getattr(self.module, "config", None), cls)
@@ -98,6 +103,11 @@ def read_call(
                 f"attn_implementation={method!r} does not support {meaning}, passed as {name!r} by "
                 f"{type(module).__name__}. Use attn_implementation='sdpa' or 'eager'."
             )
+    if extra.get("global_attention_mask") is not None and method != "longformer":
+        raise ValueError(
+            f"attn_implementation={method!r} has no global tokens, so global_attention_mask cannot "
+            "be honoured. Use attn_implementation='longformer'."
+        )
     if extra.get("cache") is not None:
         if method != "flash":
             raise ValueError(
@@ -179,6 +189,11 @@ def refuse_cross_attention(call: AttentionCall) -> None:
         )
 
 
+def _is_causal(module: nn.Module, extra: dict[str, Any]) -> bool:
+    causal = extra.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
 def _layer_idx(module: nn.Module) -> int:
     index = getattr(module, "layer_idx", None)
     if not isinstance(index, int):
@@ -256,10 +271,10 @@ def _pattern(
     if not isinstance(mask, PatternMask):  # a mask of the caller's own is the whole truth
         return pattern
     if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == q_len:
-        made = pattern.derive(
+        made, _ = pattern.derive(
             ("position_ids", id(positions)), lambda: (_with_restarts(pattern, positions), positions)
         )
-        return made[0]
+        return pattern if made is None else made
     return pattern
 
 
@@ -285,11 +300,11 @@ def _pattern_of_tensor(
             )
         keep = _as_bool(method, mask)[..., :kv_len]
         return Pattern(q_len=q_len, kv_len=kv_len, causal=False, dense=keep)
-    causal = extra.get("is_causal")
-    if causal is None:
-        causal = getattr(module, "is_causal", True)
     pattern = Pattern(
-        q_len=q_len, kv_len=kv_len, causal=bool(causal), band=extra.get("sliding_window")
+        q_len=q_len,
+        kv_len=kv_len,
+        causal=_is_causal(module, extra),
+        band=extra.get("sliding_window"),
     )
     if mask is None:
         return pattern
@@ -319,51 +334,54 @@ def _as_bool(method: str, mask: Tensor) -> Tensor:
     return keep
 
 
-def _with_restarts(pattern: Pattern, positions: Tensor) -> Pattern:
-    """Packed documents, told by position_ids that start again.
+def _with_restarts(pattern: Pattern, positions: Tensor) -> Pattern | None:
+    """Packed documents, told by position_ids that start again; None where nothing changes.
 
     Transformers' own masks miss them whenever a cache is made too or a mask is passed; such
-    documents would then attend to each other.
+    documents would then attend to each other. (None and not the pattern: it is kept with the
+    pattern, and a pattern that holds itself would wait for the garbage collector.)
     """
     one_way = pattern.causal or pattern.dense is not None
     if pattern.q_documents is not None or pattern.q_len < 2 or not one_way:
-        return pattern
-    breaks = positions[:, 1:] != positions[:, :-1] + 1
+        return None
     compiling = torch.compiler.is_compiling()  # then no value may be looked at
-    if pattern.q_len != pattern.kv_len:
+    valid = pattern.key_valid
+    empty = pattern.kv_len - pattern.q_len
+    if empty:
         if compiling:
-            return pattern
-        valid = pattern.key_valid
-        inside = valid is None or bool(valid.all())
-        if pattern.dense is None and inside and bool(breaks.any()):
+            return None
+        start = pattern.first_query - pattern.kv_offset
+        valid = None if valid is None else valid[:, start : start + pattern.q_len]
+    if valid is None:
+        restarts = torch.nn.functional.pad(positions[:, 1:] <= positions[:, :-1], (1, 0))
+    else:
+        restarts = _restarts_between_valid(positions, valid)
+    if not compiling and not bool(restarts.any()):
+        return None
+    documents = kv_documents = restarts.to(torch.int64).cumsum(1)
+    if empty:
+        if start > 0:
             raise ValueError(
                 "position_ids start again inside the new tokens while earlier ones are cached: "
                 "packed documents cannot be continued from a cache. Pass each document as a batch "
                 "row of its own."
             )
-        return pattern
-    if pattern.key_valid is not None:
-        breaks = _restarts_between_valid(positions, pattern.key_valid)[:, 1:]
-    if not compiling and not bool(breaks.any()):
-        return pattern
-    documents = torch.nn.functional.pad(breaks.to(torch.int64).cumsum(1), (1, 0))
-    return pattern.replace(q_documents=documents, kv_documents=documents)
+        # The slots of a static cache that nothing was written to belong to no document.
+        kv_documents = torch.nn.functional.pad(documents, (0, empty), value=pattern.q_len)
+    return pattern.replace(q_documents=documents, kv_documents=kv_documents)
 
 
 def _restarts_between_valid(positions: Tensor, valid: Tensor) -> Tensor:
-    """Where a document starts, bool ``[batch, tokens]``; padding may be numbered in any way.
+    """Valid tokens whose position does not go on upwards from the valid token before them.
 
-    Valid tokens next to each other belong together when their positions do. Across padding, only
-    a position that does not go on upwards tells of a new document.
+    Padding may be numbered in any way. bool ``[batch, tokens]``.
     """
     positions, valid = torch.broadcast_tensors(positions, valid)
     index = torch.arange(positions.shape[1], device=positions.device)
     last_valid = torch.where(valid, index, -1).cummax(1).values
     before = torch.nn.functional.pad(last_valid[:, :-1], (1, 0), value=-1)
     previous = positions.gather(1, before.clamp(min=0))
-    adjacent = before == index - 1
-    restart = torch.where(adjacent, positions != previous + 1, positions <= previous)
-    return restart & valid & (before >= 0)
+    return (positions <= previous) & valid & (before >= 0)
 
 
 def _with_lengths(pattern: Pattern, lengths_q: Tensor, lengths_k: Tensor) -> Pattern:

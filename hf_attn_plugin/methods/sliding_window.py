@@ -39,7 +39,7 @@ def sliding_window_attention(
     window = parameters.window
     if window is None:
         window = getattr(getattr(module, "config", None), "sliding_window", None)
-        if window is not None and not call.pattern.causal:
+        if window is not None and not call.is_causal:
             window += 1  # in encoders, configs give the largest distance
     pattern = sparsify(
         call,

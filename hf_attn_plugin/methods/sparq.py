@@ -44,9 +44,9 @@ def sparq_attention(
     """
     call = read_call("sparq", module, query, key, value, attention_mask, **kwargs)
     parameters = call.parameters(SparQConfig)
-    rank = parameters.resolve_rank(query.shape[-1])
     if not _applies(call):
         return attend(call, call.pattern)
+    rank = parameters.resolve_rank(query.shape[-1])
     # The cached tensors as they are: autocast's copies of them would have to be made every step.
     state = sparq_state(key)
     visible = _visible_to_last(call)
@@ -77,12 +77,9 @@ def sparq_attention(
 
 def _applies(call: AttentionCall) -> bool:
     """Whether the layer decodes over all that was said before, which is what SparQ thins out."""
-    causal = call.extra.get("is_causal")
-    if causal is None:
-        causal = getattr(call.module, "is_causal", True)
     pattern = call.pattern
     per_head = pattern.dense is not None and pattern.dense.shape[1] > 1
-    return bool(causal) and pattern.band is None and pattern.q_documents is None and not per_head
+    return call.is_causal and pattern.band is None and pattern.q_documents is None and not per_head
 
 
 def _visible_to_last(call: AttentionCall) -> Tensor | None:

@@ -46,6 +46,8 @@ def attention(
         ValueError: Shapes or dtypes do not fit together.
     """
     _check(query, key, value, pattern, sinks)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention: softcap must be above 0, or None for none; got {softcap}.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = Call(
         batch=query.shape[0],
@@ -128,6 +130,11 @@ def _check(
                 f"attention: the pattern's {name} is for a batch of {tensor.shape[0]}; "
                 f"got {shapes}."
             )
+    if pattern.dense is not None and pattern.dense.shape[1] not in (1, query.shape[1]):
+        raise ValueError(
+            f"attention: the pattern's dense mask must have 1 or {query.shape[1]} heads, one per "
+            f"query head; got {pattern.dense.shape[1]}."
+        )
     if sinks is not None and sinks.numel() != query.shape[1]:
         raise ValueError(
             f"attention: sinks must hold one logit per query head, {query.shape[1]}; "

@@ -131,7 +131,8 @@ def _card(settings: QuickstartSettings, results: Mapping[str, Any], command: str
         tags=("quickstart",),
         limitations=(
             "It was made in minutes to show a path, and is of no use as a language model.",
-            "Its needles are single words, in one sentence that it was trained on.",
+            "It finds a single word in a sentence that it was trained on; with several such "
+            "sentences in one document it often takes the wrong one.",
             f"The windows of `longformer` and `sliding_window` do not see a needle further back "
             f"than {settings.window} tokens, except where a global token holds it.",
         ),

@@ -74,10 +74,10 @@ class QuickstartSettings:
     first_length: int = 32
     context: int = 128
     extension: int = 4
-    tokens_per_step: int = 4096
-    advance_accuracy: float = 0.9
+    tokens_per_step: int = 2048
+    advance_accuracy: float = 0.5
     fact_shares: tuple[float, float, float, float] = (0.8, 0.4, 0.15, 0.2)
-    pretrain_steps: int = 700
+    pretrain_steps: int = 1200
     finetune_steps: int = 120
     uptrain_fraction: float = 0.05
     pretrain_lr: float = 6e-3

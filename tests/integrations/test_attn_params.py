@@ -236,3 +236,15 @@ def test_uninstalling_takes_the_property_away(registries: None) -> None:
     attn_params.uninstall()
     attn_params.install()
     assert LlamaConfig(attn_params={"sparq": {"rank": 2}}).attn_params == {"sparq": {"rank": 2}}
+
+
+def test_a_parts_own_parameters_survive_saving(tmp_path) -> None:
+    from transformers import AutoConfig, Gemma3Config
+
+    config = Gemma3Config(text_config=tiny_config("gemma3_text").to_dict())
+    hf_attn_plugin.configure(config, hf_attn_plugin.SlidingWindowConfig(window=100))
+    hf_attn_plugin.configure(config.text_config, hf_attn_plugin.SlidingWindowConfig(window=7))
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.attn_params["sliding_window"]["window"] == 100
+    assert loaded.text_config.attn_params["sliding_window"]["window"] == 7

@@ -224,3 +224,9 @@ def test_changing_a_model_that_bypasses_the_interface_is_refused(family: str) ->
     with pytest.raises(ValueError, match="computes attention by itself"):
         model.set_attn_implementation("sparq")
     model.set_attn_implementation("eager")
+
+
+def test_a_dictionary_of_names_is_checked_too() -> None:
+    model = from_config(tiny_config("bloom"), "eager")
+    with pytest.raises(ValueError, match="computes attention by itself"):
+        model.set_attn_implementation({"": "flash"})

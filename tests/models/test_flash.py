@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -23,9 +24,10 @@ from tiny import (
     tiny_model,
     twin,
 )
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, StaticCache
 
 import hf_attn_plugin
+from hf_attn_plugin import Pattern
 
 PACKED = [[7, 5, 8], [11, 9]]
 
@@ -247,3 +249,55 @@ def test_padding_inside_one_document_does_not_split_it() -> None:
             found = twin(eager, "flash")(ids, attention_mask=mask, position_ids=positions).logits
             want = eager(ids, attention_mask=mask, position_ids=positions).logits
         torch.testing.assert_close(found[mask == 1], want[mask == 1], atol=1e-5, rtol=1e-4)
+
+
+def test_positions_that_jump_forward_are_one_document() -> None:
+    """Skip-wise training: only positions that start again tell of packed documents."""
+    eager = tiny_model("llama")
+    ids, mask = random_ids(1, 16), torch.ones(1, 16, dtype=torch.long)
+    positions = torch.tensor([[*range(8), *range(60, 68)]])
+    with torch.no_grad():
+        found = twin(eager, "flash")(ids, attention_mask=mask, position_ids=positions).logits
+        want = eager(ids, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flash", "sliding_window", "longformer", "strided", "sparq"])
+def test_a_forward_leaves_nothing_for_the_garbage_collector(name: str) -> None:
+    model = tiny_model("mistral", name)
+    mask = padding_mask(LENGTH, [0, 5], "left")
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            model(random_ids(2, LENGTH), attention_mask=mask)
+        left = sum(isinstance(thing, Pattern) for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert left == 0
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_packed_documents_into_an_empty_static_cache(with_mask: bool) -> None:
+    """The cache has more slots than there are tokens, and no document is theirs."""
+    eager = tiny_model("llama")
+    ids = random_ids(1, 12)
+    cache = StaticCache(config=eager.config, max_cache_len=20)
+    extra = {"attention_mask": torch.ones(1, 12, dtype=torch.long)} if with_mask else {}
+    with torch.no_grad():
+        found = twin(eager, "flash")(
+            ids, position_ids=pack_positions([[5, 7]]), past_key_values=cache, **extra
+        ).logits
+        alone = [eager(part).logits for part in (ids[:, :5], ids[:, 5:])]
+    torch.testing.assert_close(found, torch.cat(alone, 1), atol=1e-5, rtol=1e-4)
+
+
+def test_packed_documents_after_cached_tokens_are_refused() -> None:
+    model = tiny_model("llama", "flash")
+    first = model(random_ids(1, 4), use_cache=True)
+    with pytest.raises(ValueError, match="cannot be continued from a cache"):
+        model(
+            random_ids(1, 12),
+            position_ids=pack_positions([[5, 7]]) + 4,
+            past_key_values=first.past_key_values,
+        )

@@ -27,7 +27,7 @@ from tiny import (
 from torch import Tensor
 
 import hf_attn_plugin
-from hf_attn_plugin import LongformerConfig, SlidingWindowConfig, StridedConfig
+from hf_attn_plugin import LongformerConfig, SlidingWindowConfig, StridedConfig, configure
 
 Rule = Callable[[int, int], bool]
 
@@ -270,3 +270,24 @@ def test_long_sequences_visit_blocks(family: str) -> None:
         expected = eager(**inputs, attention_mask=masks).logits
         found = ours(**inputs).logits
     torch.testing.assert_close(found, expected, atol=5e-4, rtol=1e-3)
+
+
+def test_the_own_window_under_a_mask_of_the_callers() -> None:
+    """A 4D mask does not make a decoder an encoder, whose configs count windows differently."""
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[None, None]
+    ids = random_ids(1, LENGTH)
+    default = tiny_model("mistral", "sliding_window")
+    explicit = configure(twin(default, "sliding_window"), SlidingWindowConfig(window=WINDOW))
+    with torch.no_grad():
+        found = default(ids, attention_mask=mask).logits
+        want = explicit(ids, attention_mask=mask).logits
+        wider = configure(explicit, SlidingWindowConfig(window=WINDOW + 1))
+        assert not torch.allclose(wider(ids, attention_mask=mask).logits, want, atol=1e-2)
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("name", ["flash", "sliding_window", "strided", "sparq"])
+def test_global_tokens_are_for_longformer_alone(name: str) -> None:
+    ids = random_ids(1, LENGTH)
+    with pytest.raises(ValueError, match="longformer"):
+        tiny_model("llama", name)(ids, global_attention_mask=torch.ones_like(ids))

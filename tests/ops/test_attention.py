@@ -132,3 +132,13 @@ def test_memory_of_a_long_window() -> None:
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     extra = float(printed.split('"extra_mb": ')[1].split("}")[0])
     assert extra < 400
+
+
+def test_wrong_mask_heads_and_softcap_are_refused() -> None:
+    q, kv = torch.randn(1, 4, 8, 4), torch.randn(1, 2, 8, 4)
+    mask = torch.ones(1, 2, 8, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match="1 or 4 heads"):
+        attention(q, kv, kv, Pattern(q_len=8, kv_len=8, dense=mask))
+    for softcap in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="softcap must be above 0"):
+            attention(q, kv, kv, Pattern(q_len=8, kv_len=8), softcap=softcap)
