@@ -172,6 +172,10 @@ ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 def head_dim_of(config: PreTrainedConfig) -> int | None:
     """The width of one attention head, or None where the config does not tell."""
     text = config.get_text_config()
+    # Multi-head latent attention: what configs call head_dim is then only the part that RoPE turns.
+    latent = [getattr(text, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    if all(latent):
+        return sum(int(part) for part in latent if part is not None)
     head_dim = getattr(text, "head_dim", None)
     if head_dim is not None:
         return int(head_dim)
@@ -229,7 +233,8 @@ def configure(
     """
     if type(parameters) not in METHOD_CONFIGS.values():
         known = ", ".join(cls.__name__ for cls in METHOD_CONFIGS.values())
-        raise ValueError(f"configure() takes one of {known}; got {parameters!r}.")
+        kind = f"{type(parameters).__module__}.{type(parameters).__qualname__}"
+        raise ValueError(f"configure() takes one of hf_attn_plugin's {known}; got a {kind}.")
     config: Any = getattr(model_or_config, "config", model_or_config)
     if not hasattr(config, "get_text_config"):
         raise ValueError(

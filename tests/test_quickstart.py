@@ -126,10 +126,10 @@ def test_all_stages_are_measured_and_written(finished: Path) -> None:
         assert row["needles"] == 8
         assert np.array(row["grid"]["scores"]).shape == (2, 2)
         assert row["bits_per_byte"] > 0
-    assert rows["sdpa (dense)"]["kv_ratio"] == 1
-    assert 0.45 < rows["sparq 1/2"]["kv_ratio"] < 0.55
-    assert 0.1 < rows["sparq 1/8"]["kv_ratio"] < 0.15
-    assert rows["sliding_window"]["kv_ratio"] < 1
+    assert rows["sdpa (dense)"]["niah_kv_share"] == 1
+    assert 0.45 < rows["sparq 1/2"]["niah_kv_share"] < 0.55
+    assert 0.1 < rows["sparq 1/8"]["niah_kv_share"] < 0.15
+    assert rows["sliding_window"]["niah_kv_share"] < 1
 
 
 def test_model_folder_loads_and_carries_its_parameters(finished: Path) -> None:
@@ -257,7 +257,7 @@ def test_summary_prints_the_measured_numbers(finished: Path) -> None:
     results = results_of(finished)
     rows = results["evaluation"]
     rows["sdpa (dense)"]["niah"] = 0.98765
-    rows["sparq 1/8"].update(niah=0.5, kv_ratio=0.123)
+    rows["sparq 1/8"].update(niah=0.5, niah_kv_share=0.123)
     rows["longformer"]["bits_per_byte"] = 1.2345
     losses = {"before": 2.0, "converted": 4.0, "uptrained": 2.5}
     results["converted"].update({stage: {"loss": loss} for stage, loss in losses.items()})

@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from hf_attn_plugin import __version__
+
 COMMANDS = {
     "quickstart": "hf_attn_plugin.cli.quickstart",
     "show": "hf_attn_plugin.cli.show",
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="hf-attn", description="Long-context attention for transformers, chosen by name."
     )
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     # Only the command that is run is imported; the others show their help line.
     chosen = next((word for word in arguments if not word.startswith("-")), None)

@@ -21,7 +21,7 @@ METHODS: dict[str, dict[str, int]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The pattern's parameters."""
-    parser.add_argument("method", choices=sorted(METHODS))
+    parser.add_argument("method", choices=sorted(METHODS), help="whose pattern is drawn")
     parser.add_argument("--window", type=int, help="keys of the window, the query included")
     parser.add_argument("--global", dest="globals", type=int, help="global tokens (longformer)")
     parser.add_argument("--dilation", type=int, help="distance between window keys (longformer)")
@@ -64,6 +64,8 @@ def _pattern(args: argparse.Namespace) -> Pattern:
             raise ValueError(f"{args.method} has no --{flag}; it takes {valid or 'none of these'}.")
         if given is None:
             setattr(args, name, options.get(name))
+    if args.model_window is not None and args.model_window < 1:
+        raise ValueError(f"--model-window must be at least 1, got {args.model_window}.")
     if args.length < 1:
         raise ValueError(f"--length must be at least 1, got {args.length}.")
     queries = args.length if args.queries is None else args.queries
@@ -90,7 +92,8 @@ def _pattern(args: argparse.Namespace) -> Pattern:
         valid_keys = torch.zeros(1, args.length, dtype=torch.bool)
         valid_keys[:, args.pad_left : args.length - args.pad_right] = True
     if args.documents:
-        lengths = [int(part) for part in args.documents.split(",")]
+        parts = args.documents.split(",")
+        lengths = [int(part) if part.strip().isdecimal() else 0 for part in parts]
         if min(lengths) < 1 or sum(lengths) != args.length:
             raise ValueError(
                 f"--documents must be positive lengths that add up to --length {args.length}, "

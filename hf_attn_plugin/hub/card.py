@@ -20,7 +20,7 @@ class Measurement:
         value: Its value.
         attn: The attention it was measured under, for example "sparq (rank 16, top_k 64)".
         text: What the task was made from, for example "Python standard library".
-        kv_bytes_read: Bytes of KV cache read in decoding, or None.
+        kv_share: Bytes of KV cache read in decoding as a share of dense attention's, or None.
     """
 
     task: str
@@ -28,7 +28,7 @@ class Measurement:
     value: float
     attn: str
     text: str = ""
-    kv_bytes_read: int | None = None
+    kv_share: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _usage(content: CardContent) -> str:
 def _results(content: CardContent) -> str:
     if not content.measurements:
         return ""
-    reads = any(measurement.kv_bytes_read is not None for measurement in content.measurements)
+    reads = any(measurement.kv_share is not None for measurement in content.measurements)
     header = ["task", "metric", "attention", "value"] + ["KV cache read"] * reads
     rows = []
     for measurement in content.measurements:
@@ -192,8 +192,8 @@ def _results(content: CardContent) -> str:
             f"{measurement.value:.4f}",
         ]
         if reads:
-            count = measurement.kv_bytes_read
-            row.append("" if count is None else f"{count / 2**20:.2f} MiB")
+            share = measurement.kv_share
+            row.append("" if share is None else f"{share:.1%} of dense")
         rows.append(row)
     return "## Measured\n\n" + _table(header, rows)
 

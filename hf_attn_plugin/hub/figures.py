@@ -29,12 +29,13 @@ class QualityPoint:
 
     Attributes:
         label: The configuration, for example "sparq 1/4".
-        kv_bytes_read: Bytes of KV cache it read.
+        kv_share: Bytes of KV cache it read, as a share of what dense attention would have read in
+            the same decoding steps. (Bytes alone would also say who stops generating earlier.)
         quality: The measured value.
     """
 
     label: str
-    kv_bytes_read: float
+    kv_share: float
     quality: float
 
 
@@ -123,7 +124,7 @@ def quality_against_reads(
     title: str = "Quality against KV cache read",
     dense: str | None = None,
 ) -> Path:
-    """Draw measured quality over the bytes of KV cache read, one panel per metric.
+    """Draw measured quality over the share of the KV cache read, one panel per metric.
 
     Args:
         panels: The points of each metric; the key is the axis label, with its direction:
@@ -139,8 +140,7 @@ def quality_against_reads(
     if not panels or not all(panels.values()):
         raise ValueError("quality_against_reads needs at least one point per panel.")
     labels = list(dict.fromkeys(point.label for points in panels.values() for point in points))
-    most = max(point.kv_bytes_read for points in panels.values() for point in points)
-    unit, scale = _byte_unit(most)
+    most = max(point.kv_share for points in panels.values() for point in points)
     legend_rows = math.ceil(len(labels) / 3)
     figure = _new_figure(4.4 * len(panels), 3.4 + 0.25 * legend_rows)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -149,7 +149,7 @@ def quality_against_reads(
         for point in points:
             style = labels.index(point.label)
             (handles[point.label],) = ax.plot(
-                point.kv_bytes_read / scale,
+                100 * point.kv_share,
                 point.quality,
                 linestyle="none",
                 marker=_MARKERS[style % len(_MARKERS)],
@@ -162,11 +162,11 @@ def quality_against_reads(
             )
             if point.label == dense:
                 ax.axhline(point.quality, color="0.6", linewidth=1, linestyle=":", zorder=1)
-        ax.set_xlim(0, 1.08 * most / scale if most else 1)
+        ax.set_xlim(0, 108 * most if most else 1)
         values = [point.quality for point in points]
         margin = 0.15 * (max(values) - min(values)) or 0.05 * abs(max(values)) or 0.05
         ax.set_ylim(min(values) - margin, max(values) + margin)
-        ax.set_xlabel(f"KV cache read in decoding ({unit})")
+        ax.set_xlabel("KV cache bytes read in decoding (% of dense)")
         ax.set_ylabel(metric)
         ax.grid(color="0.92")
         ax.set_axisbelow(True)
@@ -181,13 +181,6 @@ def quality_against_reads(
         fontsize=9,
     )
     return _save(figure, path)
-
-
-def _byte_unit(count: float) -> tuple[str, float]:
-    for unit, scale in (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10)):
-        if count >= scale:
-            return unit, scale
-    return "bytes", 1.0
 
 
 def _new_figure(width: float, height: float) -> Figure:

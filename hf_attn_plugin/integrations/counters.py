@@ -32,6 +32,8 @@ def count_reads(model: nn.Module) -> Iterator[CacheReadCounter]:
         m for m in modules if not any(_attends(part) for part in m.modules() if part is not m)
     ]
     handles = []
+    if any(hasattr(module, COUNTER_ATTRIBUTE) for module in modules):
+        raise ValueError("count_reads: this model's reads are being counted already.")
     for module in modules:
         setattr(module, COUNTER_ATTRIBUTE, counter)
         handles.append(module.register_forward_hook(_StockHook(counter), with_kwargs=True))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from hf_attn_plugin.config import ConfigT, parameters_of
 from hf_attn_plugin.methods.counting import record
 from hf_attn_plugin.ops import attention
 from hf_attn_plugin.patterns import Pattern, PatternMask
+
+T = TypeVar("T")
 
 # Arguments that would change the result and that no method here computes.
 _REFUSED = {
@@ -37,6 +40,7 @@ class AttentionCall:
         softcap: Cap of the scores, or None.
         sinks: ``[heads]`` attention sinks, or None.
         extra: The other keyword arguments.
+        own_mask: Whether the caller passed a 4D mask of its own.
     """
 
     method: str
@@ -49,6 +53,7 @@ class AttentionCall:
     softcap: float | None
     sinks: Tensor | None
     extra: dict[str, Any]
+    own_mask: bool
 
     @property
     def is_decoding(self) -> bool:
@@ -129,6 +134,7 @@ def read_call(
         softcap=softcap,
         sinks=s_aux if s_aux is not None else sinks,
         extra=extra,
+        own_mask=isinstance(attention_mask, Tensor) and attention_mask.ndim == 4,
     )
 
 
@@ -171,9 +177,29 @@ def attend(call: AttentionCall, pattern: Pattern) -> tuple[Tensor, None]:
 def sparsify(call: AttentionCall, **terms: Any) -> Pattern:
     """The call's pattern with a method's terms, made once for all layers of a forward pass."""
     refuse_cross_attention(call)
-    hashable = tuple((name, id(v) if isinstance(v, Tensor) else v) for name, v in terms.items())
-    # The key holds tensors by id; the made pattern keeps them alive.
-    return call.pattern.derive(("terms", hashable), lambda: call.pattern.replace(**terms))
+    if call.own_mask and (terms.get("num_sink_tokens") or terms.get("num_global_tokens")):
+        raise ValueError(
+            f"attn_implementation={call.method!r} gives every sequence its own first tokens, and a "
+            "4D attention_mask does not tell where sequences start. Pass a 2D attention_mask (and "
+            "position_ids for packed documents), or set num_sink_tokens / num_global_tokens to 0."
+        )
+    tensors = [value for value in terms.values() if isinstance(value, Tensor)]
+    plain = [(name, value) for name, value in terms.items() if not isinstance(value, Tensor)]
+    return once(call.pattern, ("terms", *plain), tensors, lambda: call.pattern.replace(**terms))
+
+
+def once(pattern: Pattern, key: Hashable, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
+    """What ``make`` returns for these tensors, made once per pattern.
+
+    Kept together with the tensors, so that their ids stay their own. Under torch.compile nothing is
+    kept, and no id is looked at: it would be guarded, and every step would compile again.
+    """
+    if torch.compiler.is_compiling():
+        return make()
+    made: tuple[T, Sequence[Tensor]] = pattern.derive(
+        (key, *map(id, tensors)), lambda: (make(), tensors)
+    )
+    return made[0]
 
 
 def refuse_cross_attention(call: AttentionCall) -> None:
@@ -254,6 +280,8 @@ def _pattern(
     else:
         pattern = _pattern_of_tensor(method, module, mask, (query.shape[0], q_len, kv_len), extra)
     lengths_q, lengths_k = extra.get("cu_seq_lens_q"), extra.get("cu_seq_lens_k")
+    if (lengths_q is None) != (lengths_k is None):
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k belong together; only one was passed.")
     if lengths_q is not None and lengths_k is not None:
         if query.shape[0] != 1:
             raise ValueError(
@@ -261,18 +289,18 @@ def _pattern(
                 f"one batch row; got a batch of {query.shape[0]}. Pass position_ids that start "
                 "again at every document instead."
             )
-        # Kept together with the tensors, so that their ids stay their own.
-        laid_out = pattern.derive(
-            ("cu_seq_lens", id(lengths_q), id(lengths_k)),
-            lambda: (_with_lengths(pattern, lengths_q, lengths_k), lengths_q, lengths_k),
+        return once(
+            pattern,
+            "cu_seq_lens",
+            (lengths_q, lengths_k),
+            lambda: _with_lengths(pattern, lengths_q, lengths_k, exact="cache" not in extra),
         )
-        return laid_out[0]
     positions = extra.get("position_ids")
     if not isinstance(mask, PatternMask):  # a mask of the caller's own is the whole truth
         return pattern
     if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == q_len:
-        made, _ = pattern.derive(
-            ("position_ids", id(positions)), lambda: (_with_restarts(pattern, positions), positions)
+        made = once(
+            pattern, "position_ids", (positions,), lambda: _with_restarts(pattern, positions)
         )
         return pattern if made is None else made
     return pattern
@@ -288,7 +316,7 @@ def _pattern_of_tensor(
     """The pattern of a call that did not come through our mask function."""
     batch, q_len, kv_len = shape
     if mask is not None and mask.ndim == 4:
-        if mask.shape[2] != q_len or mask.shape[3] < kv_len:
+        if mask.shape[2] not in (1, q_len) or mask.shape[3] < kv_len:
             raise ValueError(
                 f"attn_implementation={method!r}: a 4D attention_mask must have shape [batch or 1, "
                 f"heads or 1, {q_len}, {kv_len}]; got {tuple(mask.shape)}."
@@ -298,7 +326,7 @@ def _pattern_of_tensor(
                 f"attn_implementation={method!r}: attention_mask is for a batch of "
                 f"{mask.shape[0]}, the model's input is one of {batch}."
             )
-        keep = _as_bool(method, mask)[..., :kv_len]
+        keep = _as_bool(method, mask)[..., :kv_len].expand(-1, -1, q_len, -1)
         return Pattern(q_len=q_len, kv_len=kv_len, causal=False, dense=keep)
     pattern = Pattern(
         q_len=q_len,
@@ -384,8 +412,25 @@ def _restarts_between_valid(positions: Tensor, valid: Tensor) -> Tensor:
     return (positions <= previous) & valid & (before >= 0)
 
 
-def _with_lengths(pattern: Pattern, lengths_q: Tensor, lengths_k: Tensor) -> Pattern:
-    """Sequences laid out one after another, told by cumulative lengths (one batch row)."""
+def _with_lengths(pattern: Pattern, lengths_q: Tensor, lengths_k: Tensor, exact: bool) -> Pattern:
+    """Sequences laid out one after another, told by cumulative lengths (one batch row).
+
+    ``exact`` says that they cover all tokens; paged caches pad theirs.
+    """
+    if exact and not torch.compiler.is_compiling():
+        for name, lengths, total in (
+            ("q", lengths_q, pattern.q_len),
+            ("k", lengths_k, pattern.kv_len),
+        ):
+            if (
+                int(lengths[0]) != 0
+                or int(lengths[-1]) != total
+                or bool((lengths.diff() < 0).any())
+            ):
+                raise ValueError(
+                    f"cu_seq_lens_{name} must ascend from 0 to the {total} tokens of the call; "
+                    f"got {lengths.tolist()}."
+                )
     q_documents = _document_of(lengths_q, pattern.q_len)
     kv_documents = _document_of(lengths_k, pattern.kv_len)
     if lengths_q.shape == lengths_k.shape and torch.equal(lengths_q, lengths_k):

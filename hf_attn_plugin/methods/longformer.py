@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugin.config import LongformerConfig
-from hf_attn_plugin.methods.call import AttentionCall, attend, read_call, sparsify
+from hf_attn_plugin.methods.call import AttentionCall, attend, once, read_call, sparsify
 from hf_attn_plugin.patterns import PatternMask
 
 
@@ -50,13 +50,16 @@ def _global_tokens(call: AttentionCall) -> Tensor | None:
     mask = call.extra.get("global_attention_mask")
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"global_attention_mask must be a tensor; got a {type(mask).__name__}.")
     if mask.ndim != 2 or mask.shape[1] != call.pattern.kv_len:
         raise ValueError(
             f"global_attention_mask must have shape [batch, {call.pattern.kv_len}] (one entry per "
             f"key, cached ones included); got {tuple(mask.shape)}."
         )
-    # Made once per forward: the layers share the pattern that holds the flags.
-    flags: Tensor = call.pattern.derive(
-        ("global_attention_mask", id(mask)), lambda: (mask.to(call.query.device, torch.bool), mask)
-    )[0]
-    return flags
+    return once(
+        call.pattern,
+        "global_attention_mask",
+        (mask,),
+        lambda: mask.to(call.query.device, torch.bool),
+    )

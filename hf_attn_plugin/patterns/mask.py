@@ -9,6 +9,11 @@ import torch
 
 from hf_attn_plugin.patterns.pattern import Pattern
 
+_NO_VALUES = (
+    "this model's code {}, but under this attention the mask is a pattern and holds no values. "
+    "Use attn_implementation='sdpa' or 'eager'."
+)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PatternMask:
@@ -36,10 +41,20 @@ class PatternMask:
         return torch.Size((self.batch_size, 1, self.pattern.q_len, self.pattern.kv_len))
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"this model's code asks its attention mask for {name!r}, but under this attention the "
-            "mask is a pattern and holds no values. Use attn_implementation='sdpa' or 'eager'."
-        )
+        raise AttributeError(_NO_VALUES.format(f"asks its attention mask for {name!r}"))
+
+    def _refuse(self, *args: Any) -> Any:
+        raise ValueError(_NO_VALUES.format("computes with its attention mask"))
+
+    # Python looks operators up on the class, past __getattr__.
+    __getitem__ = __invert__ = __neg__ = __bool__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
+    __and__ = __rand__ = __or__ = __ror__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+    def __eq__(self, other: object) -> bool:
+        return self._refuse() if isinstance(other, int | float | torch.Tensor) else self is other
+
+    __hash__ = object.__hash__
 
     def contiguous(self) -> PatternMask:
         """Itself."""

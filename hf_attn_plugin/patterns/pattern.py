@@ -123,6 +123,9 @@ class Pattern:
         }
         for name, length in wanted.items():
             tensor = getattr(self, name)
+            kind = torch.bool if name in ("global_tokens", "key_valid") else torch.int64
+            if tensor is not None and tensor.dtype != kind:
+                raise ValueError(f"Pattern: {name} must be {kind}, got {tensor.dtype}.")
             if tensor is not None and (tensor.ndim != 2 or tensor.shape[1] != length):
                 raise ValueError(
                     f"Pattern: {name} must have shape [batch or 1, {length}], "

@@ -140,9 +140,10 @@ def _summary(
         "needles": len(niah.samples["niah"]),
         "grid": dataclasses.asdict(grid),
         "bits_per_byte": text.metric("long_bpb", "bits_per_byte"),
-        "kv_bytes_read": niah.kv_bytes_read,
-        "kv_bytes_dense": niah.kv_bytes_dense,
-        "kv_ratio": niah.reads.fraction,
+        "niah_kv_bytes_read": niah.kv_bytes_read,
+        "niah_kv_share": niah.reads.fraction,
+        "long_bpb_kv_bytes_read": text.kv_bytes_read,
+        "long_bpb_kv_share": text.reads.fraction,
         "seconds": round(niah.seconds + text.seconds, 1),
     }
 

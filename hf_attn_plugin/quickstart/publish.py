@@ -73,16 +73,16 @@ def _draw(folder: Path, evaluation: Mapping[str, Any], settings: QuickstartSetti
         trained_length=settings.context,
     )
     metrics = {
-        "needles found (higher is better)": "niah",
-        "bits per byte (lower is better)": "bits_per_byte",
+        "needles found (higher is better)": ("niah", "niah"),
+        "bits per byte (lower is better)": ("long_bpb", "bits_per_byte"),
     }
     quality_against_reads(
         {
             axis: [
-                QualityPoint(label, row["kv_bytes_read"], row[key])
+                QualityPoint(label, row[f"{task}_kv_share"], row[key])
                 for label, row in evaluation.items()
             ]
-            for axis, key in metrics.items()
+            for axis, (task, key) in metrics.items()
         },
         folder / QUALITY,
         dense=next(iter(evaluation)),
@@ -97,10 +97,17 @@ def _card(settings: QuickstartSettings, results: Mapping[str, Any], command: str
     for label, row in results["evaluation"].items():
         source = f"held-out part of {text['source']}"
         measurements.append(
-            Measurement("niah", "exact_match", row["niah"], label, source, row["kv_bytes_read"])
+            Measurement("niah", "exact_match", row["niah"], label, source, row["niah_kv_share"])
         )
         measurements.append(
-            Measurement("long_bpb", "bits_per_byte", row["bits_per_byte"], label, source)
+            Measurement(
+                "long_bpb",
+                "bits_per_byte",
+                row["bits_per_byte"],
+                label,
+                source,
+                row["long_bpb_kv_share"],
+            )
         )
     old_heads, new_heads = converted["heads"]
     return CardContent(

@@ -42,7 +42,7 @@ def summary(results: Mapping[str, Any], settings: QuickstartSettings) -> str:
                 "-" if near is None else f"{near:.1%}",
                 f"{row['niah']:.1%}",
                 f"{row['bits_per_byte']:.3f}",
-                "-" if row["kv_ratio"] is None else f"{row['kv_ratio']:.3f} of dense",
+                "-" if row["niah_kv_share"] is None else f"{row['niah_kv_share']:.3f} of dense",
             )
         )
     dense, *others = evaluation.items()
@@ -56,9 +56,9 @@ def summary(results: Mapping[str, Any], settings: QuickstartSettings) -> str:
     ]
     lines += [
         f"{label} finds {100 * (row['niah'] - dense[1]['niah']):+.1f} points compared with dense, "
-        f"reading {row['kv_ratio']:.0%} of the cache."
+        f"reading {row['niah_kv_share']:.0%} of the cache."
         for label, row in others
-        if row["attn"] == "sparq" and row["kv_ratio"] is not None
+        if row["attn"] == "sparq" and row["niah_kv_share"] is not None
     ]
     old_heads, new_heads = converted["heads"]
     before, after, end = (

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_attn_plugin.quickstart.settings import QuickstartSettings
 from hf_attn_plugin.quickstart.text import MINIMUM_CHARACTERS, read_corpus
 from hf_attn_plugin.quickstart.workspace import Workspace
+
+if TYPE_CHECKING:
+    from hf_attn_plugin.quickstart.stages import Stages
 
 _PACKAGES = ("accelerate", "datasets", "lm_eval", "matplotlib", "peft")
 _VERSION = 1
@@ -66,43 +70,65 @@ def run_quickstart(
         },
     )
 
-    from hf_attn_plugin.quickstart.evaluation import evaluate_methods
-    from hf_attn_plugin.quickstart.publish import HEATMAPS, MODEL, QUALITY, publish
+    from hf_attn_plugin.quickstart.publish import HEATMAPS, MODEL, QUALITY
     from hf_attn_plugin.quickstart.report import places, summary
-    from hf_attn_plugin.quickstart.stages import HELD_OUT_FILE, TEXT, Stages
+    from hf_attn_plugin.quickstart.stages import Stages
 
-    stages = Stages(settings, workspace, corpus, seed, progress, say)
     folder = workspace.path(MODEL)
     if not folder.exists():
         started = time.perf_counter()
-        say(f"[1/6] tokenizer: {settings.vocab_size} tokens, trained on {corpus.source}")
-        tokenizer = stages.prepare_text()
-        say(
-            f"[2/6] a Llama with {settings.num_layers} layers learns text and retrieval at "
-            f"{settings.first_length} to {settings.context} tokens"
-        )
-        stages.pretrain()
-        say(
-            f"[3/6] fine-tuning to {settings.long_context} tokens: longformer attention, linear "
-            "RoPE scaling, LoRA, packed documents"
-        )
-        stages.finetune()
-        say(
-            f"[4/6] conversion from {settings.num_heads} to {settings.num_key_value_heads} "
-            f"key/value heads, {settings.uptrain_steps} steps of uptraining"
-        )
-        model = stages.convert()
-        say("[5/6] evaluation through lm-eval: needles and bits per byte")
-        held_out = workspace.path(TEXT) / HELD_OUT_FILE
-        evaluate_methods(model, tokenizer, settings, workspace, held_out, seed, progress)
-        say("[6/6] figures, model card, model folder")
-        publish(model, tokenizer, settings, workspace, command)
+        with _one_thread():
+            _run_stages(Stages(settings, workspace, corpus, seed, progress, say), command)
         say(f"{time.perf_counter() - started:.0f} seconds")
     say("")
     say(summary(workspace.results, settings))
     say("")
     say(places(folder, HEATMAPS, QUALITY, workspace.path("results.json")))
     return workspace.results
+
+
+def _run_stages(stages: Stages, command: str) -> None:
+    """Run what is not finished yet."""
+    from hf_attn_plugin.quickstart.evaluation import evaluate_methods
+    from hf_attn_plugin.quickstart.publish import publish
+    from hf_attn_plugin.quickstart.stages import HELD_OUT_FILE, TEXT
+
+    settings, workspace, say = stages.settings, stages.workspace, stages.say
+    say(f"[1/6] tokenizer: {settings.vocab_size} tokens, trained on {stages.corpus.source}")
+    tokenizer = stages.prepare_text()
+    say(
+        f"[2/6] a Llama with {settings.num_layers} layers learns text and retrieval at "
+        f"{settings.first_length} to {settings.context} tokens"
+    )
+    stages.pretrain()
+    say(
+        f"[3/6] fine-tuning to {settings.long_context} tokens: longformer attention, linear "
+        "RoPE scaling, LoRA, packed documents"
+    )
+    stages.finetune()
+    say(
+        f"[4/6] conversion from {settings.num_heads} to {settings.num_key_value_heads} "
+        f"key/value heads, {settings.uptrain_steps} steps of uptraining"
+    )
+    model = stages.convert()
+    say("[5/6] evaluation through lm-eval: needles and bits per byte")
+    held_out = workspace.path(TEXT) / HELD_OUT_FILE
+    evaluate_methods(model, tokenizer, settings, workspace, held_out, stages.seed, stages.progress)
+    say("[6/6] figures, model card, model folder")
+    publish(model, tokenizer, settings, workspace, command)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small gain little from a second thread, and stall when cores are shared."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _require(package: str) -> None:

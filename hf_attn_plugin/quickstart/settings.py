@@ -64,8 +64,8 @@ class QuickstartSettings:
     """
 
     vocab_size: int = 768
-    hidden_size: int = 64
-    intermediate_size: int = 128
+    hidden_size: int = 96
+    intermediate_size: int = 192
     num_layers: int = 2
     num_heads: int = 4
     num_key_value_heads: int = 2
@@ -77,10 +77,10 @@ class QuickstartSettings:
     tokens_per_step: int = 2048
     advance_accuracy: float = 0.5
     fact_shares: tuple[float, float, float, float] = (0.8, 0.4, 0.15, 0.2)
-    pretrain_steps: int = 1200
-    finetune_steps: int = 120
+    pretrain_steps: int = 1500
+    finetune_steps: int = 200
     uptrain_fraction: float = 0.05
-    pretrain_lr: float = 6e-3
+    pretrain_lr: float = 5e-3
     finetune_lr: float = 4e-3
     uptrain_lr: float = 3e-3
     lora_rank: int = 16

@@ -6,8 +6,8 @@ from huggingface_hub import ModelCard
 from hf_attn_plugin.hub import CardContent, CardFigure, Measurement, write_model_card
 
 MEASUREMENTS = (
-    Measurement("niah", "exact_match", 0.98, "sdpa", "standard library", 4 * 2**20),
-    Measurement("niah", "exact_match", 0.97, "sparq (rank 8)", "standard library", 2**20),
+    Measurement("niah", "exact_match", 0.98, "sdpa", "standard library", 1.0),
+    Measurement("niah", "exact_match", 0.97, "sparq (rank 8)", "standard library", 0.25),
     Measurement("long_bpb", "bits_per_byte", 2.125, "sdpa", "standard library"),
 )
 
@@ -75,7 +75,10 @@ def test_the_text_tells_what_was_done(folder):
     assert "# Tiny long Llama" in text
     assert 'attn_implementation="sparq"' in text
     assert "| top_k | 32 |" in text
-    assert "| niah (standard library) | exact_match | sparq (rank 8) | 0.9700 | 1.00 MiB |" in text
+    assert (
+        "| niah (standard library) | exact_match | sparq (rank 8) | 0.9700 | 25.0% of dense |"
+        in text
+    )
     assert "| after conversion | 3.2500 |" in text
     assert "![Needles found](figures/needles.png)" in text
     assert "hf-attn quickstart --out 'my model'" in text

@@ -11,7 +11,7 @@ from hf_attn_plugin.lm_eval import NeedleGrid
 matplotlib = pytest.importorskip("matplotlib")
 
 GRID = NeedleGrid((128, 256, 512), (0.0, 0.5, 1.0), ((1, 0, float("nan")), (0.5, 1, 0), (1, 1, 1)))
-POINTS = [QualityPoint("sdpa", 4e6, 0.99), QualityPoint("sparq 1/4", 1e6, 0.9)]
+POINTS = [QualityPoint("sdpa", 1.0, 0.99), QualityPoint("sparq 1/4", 0.25, 0.9)]
 
 
 def pixels(path):
@@ -46,7 +46,7 @@ def test_svg_names_the_methods(tmp_path):
         needle_heatmaps({"sparq 1/4": GRID}, tmp_path / "needles.svg")
     quality = (tmp_path / "quality.svg").read_text()
     assert "sparq 1/4" in quality
-    assert "KV cache read in decoding (MiB)" in quality
+    assert "KV cache bytes read in decoding (% of dense)" in quality
     needles = (tmp_path / "needles.svg").read_text()
     assert "sparq 1/4" in needles
     assert "512" in needles

@@ -248,3 +248,12 @@ def test_a_parts_own_parameters_survive_saving(tmp_path) -> None:
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert loaded.attn_params["sliding_window"]["window"] == 100
     assert loaded.text_config.attn_params["sliding_window"]["window"] == 7
+
+
+def test_the_rank_of_latent_attention_may_reach_the_whole_query() -> None:
+    from transformers import DeepseekV3Config
+
+    config = DeepseekV3Config(qk_nope_head_dim=128, qk_rope_head_dim=64)
+    hf_attn_plugin.configure(config, hf_attn_plugin.SparQConfig(rank=192))
+    with pytest.raises(ValueError, match="from 1 to 192"):
+        hf_attn_plugin.configure(config, hf_attn_plugin.SparQConfig(rank=193))

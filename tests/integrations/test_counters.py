@@ -144,3 +144,16 @@ def test_static_caches_count_what_they_hold() -> None:
         model(ids[:, :1], past_key_values=cache)
     assert reads.decode_steps == 1
     assert reads.kv_bytes_dense == LAYERS * ENTRY * 32
+
+
+def test_counting_twice_at_once_is_refused() -> None:
+    model = tiny_model("llama", "flash")
+    with (
+        hf_attn_plugin.count_reads(model) as reads,
+        pytest.raises(ValueError, match="counted already"),
+        hf_attn_plugin.count_reads(model),
+    ):
+        pass
+    with hf_attn_plugin.count_reads(model) as again:
+        model(random_ids(1, LENGTH))
+    assert (reads.calls["flash"], again.calls["flash"]) == (0, 2)

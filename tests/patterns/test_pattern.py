@@ -1,5 +1,7 @@
 """Every term of a pattern against masks drawn by hand."""
 
+import copy
+
 import pytest
 import torch
 
@@ -264,3 +266,31 @@ def test_mask_travels_like_a_tensor() -> None:
     assert mask.contiguous() is mask
     assert mask.to("cpu") is mask
     assert mask.to("meta", non_blocking=True).pattern.key_valid.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda mask: mask[:, :, :2],
+        lambda mask: mask + 1,
+        lambda mask: 1.0 - mask,
+        lambda mask: torch.ones(1) * mask,
+        lambda mask: ~mask,
+        lambda mask: mask == 0,
+        lambda mask: mask > 0,
+        lambda mask: bool(mask),
+    ],
+)
+def test_computing_with_the_mask_is_refused(use) -> None:
+    mask = PatternMask(Pattern(q_len=3, kv_len=4), batch_size=1)
+    with pytest.raises(ValueError, match="holds no values"):
+        use(mask)
+
+
+def test_asking_the_mask_for_values_says_what_to_use() -> None:
+    mask = PatternMask(Pattern(q_len=3, kv_len=4), batch_size=1)
+    with pytest.raises(AttributeError, match="Use attn_implementation='sdpa'"):
+        mask.dtype  # noqa: B018
+    assert mask is not None
+    assert mask == mask
+    assert copy.deepcopy(mask).shape == mask.shape
