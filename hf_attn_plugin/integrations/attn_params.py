@@ -7,10 +7,9 @@ Any attribute set on a config is saved with it, but one that no config class dec
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-from hf_attn_plugin.config import METHOD_CONFIGS, validate_attn_params
+from hf_attn_plugin.config import validate_attn_params
 
 ATTRIBUTE = "attn_params"
 
@@ -26,18 +25,7 @@ def _set(config: Any, values: dict[str, Any] | None) -> None:
     if values is None:
         config.__dict__.pop(ATTRIBUTE, None)
     else:
-        known = values
-        if building and isinstance(values, dict):
-            # A file may come from a later version; its other methods work all the same.
-            known = {name: part for name, part in values.items() if name in METHOD_CONFIGS}
-            if len(known) < len(values):
-                later = ", ".join(sorted(set(values) - set(known)))
-                logging.getLogger(__name__).warning(
-                    "attn_params names methods that this version of hf_attn_plugin does not know: "
-                    f"{later}. They are kept and not used; known are {', '.join(METHOD_CONFIGS)}."
-                )
-        validate_attn_params(known)
-        config.__dict__[ATTRIBUTE] = values
+        config.__dict__[ATTRIBUTE] = validate_attn_params(values)
     for name in config.sub_configs:
         part = getattr(config, name, None)
         if part is not None and hasattr(type(part), ATTRIBUTE):

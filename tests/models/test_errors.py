@@ -185,3 +185,29 @@ def test_an_error_leaves_the_model_usable() -> None:
         model(ids, output_attentions=True)
     assert torch.equal(model(ids).logits, before)
     torch.testing.assert_close(twin(model, "eager")(ids).logits, before, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "longformer"])
+def test_first_tokens_under_a_mask_of_the_callers_are_refused(name: str) -> None:
+    """A 4D mask does not tell where sequences start, so their first tokens are unknown."""
+    model = tiny_model("llama", name)
+    hf_attn_plugin.configure(model, hf_attn_plugin.SlidingWindowConfig(4, num_sink_tokens=1))
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[None, None]
+    with pytest.raises(ValueError, match="does not tell where sequences start"):
+        model(random_ids(1, LENGTH), attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ({"cu_seq_lens_q": [0, 5, LENGTH]}, "belong together"),
+        ({"cu_seq_lens_q": [0, 5, 9], "cu_seq_lens_k": [0, 5, 9]}, "must ascend from 0"),
+        ({"cu_seq_lens_q": [2, LENGTH], "cu_seq_lens_k": [2, LENGTH]}, "must ascend from 0"),
+        ({"cu_seq_lens_q": [0, 9, 5, LENGTH], "cu_seq_lens_k": [0, 9, 5, LENGTH]}, "must ascend"),
+    ],
+)
+def test_wrong_cumulative_lengths_are_refused(lengths: dict[str, list[int]], message: str) -> None:
+    model = tiny_model("llama", "flash")
+    given = {name: torch.tensor(values, dtype=torch.int32) for name, values in lengths.items()}
+    with pytest.raises(ValueError, match=message):
+        model(random_ids(1, LENGTH), **given, max_length_q=LENGTH, max_length_k=LENGTH)
