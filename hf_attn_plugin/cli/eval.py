@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_attn_plugin.config import METHOD_CONFIGS, MethodConfig, parse_parameters
-from hf_attn_plugin.lm_eval.run import NeedleGrid, check_implementation
+from hf_attn_plugin.lm_eval.names import check_implementation
+from hf_attn_plugin.lm_eval.run import NeedleGrid
 
 HELP = "evaluate a model with lm-eval under an attention chosen by name"
 PASS_THROUGH = True

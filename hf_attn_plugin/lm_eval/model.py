@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 import hf_attn_plugin
 from hf_attn_plugin.config import METHOD_CONFIGS, parse_parameters, validate_attn_params
+from hf_attn_plugin.lm_eval.names import check_implementation
 from hf_attn_plugin.lm_eval.reads import KVReads
-from hf_attn_plugin.lm_eval.run import check_implementation
 
 DECODE_ONLY = frozenset({"sparq"})
 """Methods whose prefill is dense attention, so that one forward pass does not measure them."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_attn_plugin.config import MethodConfig, configure
+from hf_attn_plugin.lm_eval.names import check_implementation
 from hf_attn_plugin.lm_eval.reads import KVReads
 from hf_attn_plugin.lm_eval.tasks import tasks_dir
 
@@ -261,18 +262,6 @@ def _quiet() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         task.tqdm = bar
-
-
-def check_implementation(name: str | None) -> None:
-    """Raise ``ValueError`` for an attention implementation that transformers does not know."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    # A slash names a kernel on the Hub, which transformers looks up itself.
-    known = sorted({"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()})
-    if name is not None and "/" not in name and name not in known:
-        raise ValueError(
-            f"attn_implementation {name!r} is not registered; registered are {', '.join(known)}."
-        )
 
 
 def require_lm_eval() -> None:

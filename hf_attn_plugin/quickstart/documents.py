@@ -34,10 +34,12 @@ class Mix:
             retrieval in a tenth of the steps that one would take.
         reach: A question comes less than this many tokens after its fact, because the attention
             that is trained sees no farther: beyond it, guessing would be taught. None is no limit.
+        global_tokens: First tokens of a document that are seen from everywhere, facts in them too.
     """
 
     share: float
     reach: int | None = None
+    global_tokens: int = 0
 
 
 class DocumentMaker:
@@ -85,7 +87,8 @@ class DocumentMaker:
             return tokens, kinds
         gaps = np.sort(rng.integers(0, room + 1, 2 * facts))
         places = gaps + np.arange(2 * facts) * size
-        pairs = _pair_up(rng, places, length if mix.reach is None else mix.reach - size)
+        farthest = length if mix.reach is None else mix.reach - size
+        pairs = _pair_up(rng, places, farthest, mix.global_tokens - size)
         keys = rng.choice(len(self.prefixes), len(pairs), replace=False)
         values = rng.choice(self.values, len(pairs))
         for (fact, question), key, value in zip(pairs, keys, values, strict=True):
@@ -96,15 +99,20 @@ class DocumentMaker:
         return tokens, kinds
 
 
-def _pair_up(rng: np.random.Generator, places: np.ndarray, farthest: int) -> list[tuple[int, int]]:
-    """Pairs of places at most ``farthest`` apart, each used once; some may be left over."""
+def _pair_up(
+    rng: np.random.Generator, places: np.ndarray, farthest: int, last_global: int
+) -> list[tuple[int, int]]:
+    """Pairs of places, each used once; some may be left over.
+
+    They are at most ``farthest`` apart, except where the first is not beyond ``last_global``.
+    """
     free = [int(place) for place in places]
     pairs = []
     while free:
         fact = free.pop(0)
-        near = [place for place in free if place - fact <= farthest]
-        if near:
-            question = near[int(rng.integers(len(near)))]
+        seen = [place for place in free if place - fact <= farthest or fact <= last_global]
+        if seen:
+            question = seen[int(rng.integers(len(seen)))]
             free.remove(question)
             pairs.append((fact, question))
     return pairs

@@ -252,7 +252,7 @@ class Stages:
         settings = self.settings
         growing, first, second, afterwards = settings.fact_shares
         if stage != _PRETRAIN:
-            return Mix(afterwards, settings.window)
+            return Mix(afterwards, settings.window, settings.global_tokens)
         if length is not None and length < settings.context:
             return Mix(growing)
         return Mix(first if step < settings.pretrain_steps // 2 else second)
