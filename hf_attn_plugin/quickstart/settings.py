@@ -76,7 +76,7 @@ class QuickstartSettings:
     extension: int = 4
     tokens_per_step: int = 2048
     advance_accuracy: float = 0.5
-    fact_shares: tuple[float, float, float, float] = (0.8, 0.4, 0.15, 0.2)
+    fact_shares: tuple[float, float, float, float] = (0.8, 0.5, 0.3, 0.4)
     pretrain_steps: int = 1500
     finetune_steps: int = 200
     uptrain_fraction: float = 0.05
