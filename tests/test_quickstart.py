@@ -46,8 +46,8 @@ MINIATURE = QuickstartSettings(
     lora_rank=2,
     window=80,
     save_steps=4,
-    # Any accuracy is enough, so that the lengths grow within the few steps.
-    advance_accuracy=0.0,
+    # No accuracy is needed, so that the lengths grow within the few steps.
+    advance_accuracy=-1.0,
     held_out_rows=4,
     lengths=(64, 256),
     depths=(0.0, 1.0),
@@ -126,10 +126,13 @@ def test_all_stages_are_measured_and_written(finished: Path) -> None:
         assert row["needles"] == 8
         assert np.array(row["grid"]["scores"]).shape == (2, 2)
         assert row["bits_per_byte"] > 0
-    assert rows["sdpa (dense)"]["niah_kv_share"] == 1
-    assert 0.45 < rows["sparq 1/2"]["niah_kv_share"] < 0.55
-    assert 0.1 < rows["sparq 1/8"]["niah_kv_share"] < 0.15
-    assert rows["sliding_window"]["niah_kv_share"] < 1
+    # Over 252 to 255 keys: rank / (2 * head_dim) + top_k / keys, with rank 4 and 1 of 8 components
+    # and 40 and 10 keys. How long this untrained model writes about needles is not known.
+    shares = {label: row["long_bpb_kv_share"] for label, row in rows.items()}
+    assert shares["sdpa (dense)"] == 1
+    assert shares["sparq 1/2"] == pytest.approx(4 / 16 + 40 / 253.5, rel=0.02)
+    assert shares["sparq 1/8"] == pytest.approx(1 / 16 + 10 / 253.5, rel=0.02)
+    assert shares["sliding_window"] == pytest.approx(80 / 253.5, rel=0.02)
 
 
 def test_model_folder_loads_and_carries_its_parameters(finished: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_attn_plugin.config import configure
 from hf_attn_plugin.quickstart.report import recovered
-from hf_attn_plugin.quickstart.settings import QuickstartSettings
+from hf_attn_plugin.quickstart.settings import TEMPLATE, QuickstartSettings
 from hf_attn_plugin.quickstart.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -138,8 +138,10 @@ def _card(settings: QuickstartSettings, results: Mapping[str, Any], command: str
         tags=("quickstart",),
         limitations=(
             "It was made in minutes to show a path, and is of no use as a language model.",
-            "It finds a single word in a sentence that it was trained on; with several such "
-            "sentences in one document it often takes the wrong one.",
+            f"It finds the word in `{TEMPLATE.needle.strip()}`, the sentence that it was trained "
+            "on, and not the numbers of the sentence that the task `niah` hides by default (its "
+            "option `template` chooses another). With several such sentences in one document it "
+            "often takes the wrong one.",
             f"The windows of `longformer` and `sliding_window` do not see a needle further back "
             f"than {settings.window} tokens, except where a global token holds it.",
         ),
