@@ -14,25 +14,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hf_attn_plugin.config import (
+    ExactTopKConfig,
     FlashConfig,
+    H2OConfig,
+    LinearConfig,
+    LMInfiniteConfig,
     LongformerConfig,
     SlidingWindowConfig,
     SparQConfig,
     StridedConfig,
     configure,
+    redraw_features,
 )
 from hf_attn_plugin.integrations.registry import implementations, register
 
 if TYPE_CHECKING:
+    from hf_attn_plugin.integrations.cache_bytes import kv_cache_bytes
     from hf_attn_plugin.integrations.counters import count_reads
     from hf_attn_plugin.ops import attention
+    from hf_attn_plugin.ops.linear import linear_attention
     from hf_attn_plugin.patterns import Pattern
     from hf_attn_plugin.patterns.picture import show_pattern
+    from hf_attn_plugin.verification import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExactTopKConfig",
     "FlashConfig",
+    "H2OConfig",
+    "LMInfiniteConfig",
+    "LinearConfig",
     "LongformerConfig",
     "Pattern",
     "SlidingWindowConfig",
@@ -42,7 +54,11 @@ __all__ = [
     "configure",
     "count_reads",
     "implementations",
+    "kv_cache_bytes",
+    "linear_attention",
+    "redraw_features",
     "show_pattern",
+    "verify",
 ]
 
 # Public names whose modules need torch; loaded when first used.
@@ -50,7 +66,10 @@ _LAZY = {
     "Pattern": "hf_attn_plugin.patterns",
     "attention": "hf_attn_plugin.ops",
     "count_reads": "hf_attn_plugin.integrations.counters",
+    "kv_cache_bytes": "hf_attn_plugin.integrations.cache_bytes",
+    "linear_attention": "hf_attn_plugin.ops.linear",
     "show_pattern": "hf_attn_plugin.patterns.picture",
+    "verify": "hf_attn_plugin.verification",
 }
 
 

@@ -22,11 +22,24 @@ def _require_int(owner: str, name: str, value: Any, low: int, high: int | None =
         raise ValueError(f"{owner}: {name} must be {valid}, got {value}.")
 
 
+def _require_share(owner: str, name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= 1:
+        raise ValueError(f"{owner}: {name} must be a number above 0 and at most 1, got {value!r}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class MethodConfig:
-    """Base of the parameter classes; ``name`` is the ``attn_implementation`` it belongs to."""
+    """Base of the parameter classes.
+
+    Attributes:
+        name: The ``attn_implementation`` it belongs to.
+        decode_only: Whether the method acts in decoding only, on top of a dense prefill. One
+            forward pass over a text then measures dense attention, not the method.
+    """
 
     name: ClassVar[str]
+    decode_only: ClassVar[bool] = False
     __match_args__: ClassVar[tuple[str, ...]] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,14 +136,34 @@ class SparQConfig(MethodConfig):
         mean_value_reallocation: Give the attention mass of the keys left out to the mean value.
             The paper uses it for models with as many KV heads as query heads, and leaves it out
             for Llama 3 and Mistral.
+        coverage: Share of the approximate attention mass, above 0 and at most 1, that the keys
+            attended to must have: each sequence and KV head takes as few keys as reach it, at
+            least the local window and at most ``top_k``. None takes ``top_k`` always.
+        rank_coverage: Share of ‖q‖₁, above 0 and at most 1, that the components used must have:
+            each sequence and KV head takes as few as reach it, at most ``rank``. None takes
+            ``rank`` always.
+        key_copy: How the cache keeps the keys a second time, component by component, which is what
+            makes r components of all keys cheap to read: "full" (in their dtype), "int8" or "int4"
+            (quantised; the approximate scores come from it, the attention from the keys), or
+            "none": no copy; components are picked out of the keys, and all of the memory around
+            them is read.
+        mean_block: With ``mean_value_reallocation``: one mean value per block of so many positions,
+            of the keys not attended to, each with the approximate mass of just these keys. None
+            is the paper's single mean over all visible values.
     """
 
     name: ClassVar[str] = "sparq"
+    decode_only: ClassVar[bool] = True
+    KEY_COPIES: ClassVar[tuple[str, ...]] = ("full", "int8", "int4", "none")
 
     rank: int | None = None
     top_k: int = 128
     local_window: int | None = None
     mean_value_reallocation: bool = False
+    coverage: float | None = None
+    rank_coverage: float | None = None
+    key_copy: str = "full"
+    mean_block: int | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -143,6 +176,21 @@ class SparQConfig(MethodConfig):
                 "SparQConfig: mean_value_reallocation must be True or False, "
                 f"got {self.mean_value_reallocation!r}."
             )
+        for name in ("coverage", "rank_coverage"):
+            if getattr(self, name) is not None:
+                _require_share("SparQConfig", name, getattr(self, name))
+        if self.key_copy not in self.KEY_COPIES:
+            raise ValueError(
+                f"SparQConfig: key_copy must be one of {', '.join(map(repr, self.KEY_COPIES))}, "
+                f"got {self.key_copy!r}."
+            )
+        if self.mean_block is not None:
+            _require_int("SparQConfig", "mean_block", self.mean_block, 1)
+            if not self.mean_value_reallocation:
+                raise ValueError(
+                    "SparQConfig: mean_block divides the mean value into blocks, and there is none "
+                    "without mean_value_reallocation=True."
+                )
 
     def check_model(self, config: PreTrainedConfig) -> None:
         """Refuse a rank above the model's head_dim."""
@@ -161,9 +209,124 @@ class SparQConfig(MethodConfig):
         return self.top_k // 4 if self.local_window is None else self.local_window
 
 
+@dataclasses.dataclass(frozen=True)
+class ExactTopKConfig(MethodConfig):
+    """Parameters of ``exact_topk``, FlexGen's sparse attention (arXiv 2303.06865).
+
+    Attributes:
+        top_k: Keys k attended to at every decoding step, those with the largest exact scores.
+        local_window: The most recent keys that are always among the k.
+    """
+
+    name: ClassVar[str] = "exact_topk"
+    decode_only: ClassVar[bool] = True
+
+    top_k: int = 128
+    local_window: int = 0
+
+    def __post_init__(self) -> None:
+        _require_int("ExactTopKConfig", "top_k", self.top_k, 1)
+        _require_int("ExactTopKConfig", "local_window", self.local_window, 0, self.top_k)
+
+
+@dataclasses.dataclass(frozen=True)
+class H2OConfig(MethodConfig):
+    """Parameters of ``h2o``, the heavy-hitter oracle (arXiv 2306.14048).
+
+    Attributes:
+        top_k: Keys k that are kept, the new one included; all others are dropped for good.
+        local_window: How many of these k are the most recent ones, the new one included; the others
+            are those that have drawn the most attention so far. None takes top_k / 2, as the paper.
+    """
+
+    name: ClassVar[str] = "h2o"
+    decode_only: ClassVar[bool] = True
+
+    top_k: int = 128
+    local_window: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_int("H2OConfig", "top_k", self.top_k, 1)
+        if self.local_window is not None:
+            _require_int("H2OConfig", "local_window", self.local_window, 1, self.top_k)
+
+    def resolve_local_window(self) -> int:
+        """The number of most recent keys that are always kept."""
+        return max(1, self.top_k // 2) if self.local_window is None else self.local_window
+
+
+@dataclasses.dataclass(frozen=True)
+class LMInfiniteConfig(MethodConfig):
+    """Parameters of ``lm_infinite`` (LM-Infinite: arXiv 2308.16137; StreamingLLM: 2309.17453).
+
+    Attributes:
+        window: The last tokens that a decoding step sees, the new one included.
+        num_sink_tokens: The first tokens of the sequence that it sees besides.
+    """
+
+    name: ClassVar[str] = "lm_infinite"
+    decode_only: ClassVar[bool] = True
+
+    window: int = 1020
+    num_sink_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        _require_int("LMInfiniteConfig", "window", self.window, 1)
+        _require_int("LMInfiniteConfig", "num_sink_tokens", self.num_sink_tokens, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearConfig(MethodConfig):
+    """Parameters of ``linear``, attention with features in place of softmax.
+
+    Attributes:
+        feature_map: "elu" is elu(x) + 1 (arXiv 2006.16236); "favor" are positive orthogonal random
+            features, which approximate softmax (arXiv 2009.14794).
+        num_features: Of favor; None takes head_dim * log(head_dim). More are closer to softmax. The
+            state of a KV head holds num_features * (value_dim + 1) numbers.
+        seed: The random features of favor follow from it, and are stored nowhere else.
+        redraw: How often they were drawn anew: `redraw_features` counts it up.
+    """
+
+    name: ClassVar[str] = "linear"
+    FEATURE_MAPS: ClassVar[tuple[str, ...]] = ("elu", "favor")
+
+    feature_map: str = "elu"
+    num_features: int | None = None
+    seed: int = 0
+    redraw: int = 0
+
+    def __post_init__(self) -> None:
+        if self.feature_map not in self.FEATURE_MAPS:
+            raise ValueError(
+                "LinearConfig: feature_map must be one of "
+                f"{', '.join(map(repr, self.FEATURE_MAPS))}, got {self.feature_map!r}."
+            )
+        if self.num_features is not None:
+            _require_int("LinearConfig", "num_features", self.num_features, 1)
+        _require_int("LinearConfig", "seed", self.seed, 0)
+        _require_int("LinearConfig", "redraw", self.redraw, 0)
+        random = (self.num_features, self.seed, self.redraw) != (None, 0, 0)
+        if self.feature_map == "elu" and random:
+            raise ValueError(
+                "LinearConfig: num_features, seed and redraw belong to feature_map='favor'; 'elu' "
+                "has one feature per component, and none is random."
+            )
+
+
 METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
     cls.name: cls
-    for cls in (FlashConfig, SlidingWindowConfig, LongformerConfig, StridedConfig, SparQConfig)
+    for cls in (
+        FlashConfig,
+        SlidingWindowConfig,
+        LongformerConfig,
+        StridedConfig,
+        SparQConfig,
+        ExactTopKConfig,
+        H2OConfig,
+        LMInfiniteConfig,
+        LinearConfig,
+    )
 }
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
@@ -267,3 +430,29 @@ def parameters_of(config: PreTrainedConfig | None, cls: type[ConfigT]) -> Config
     """
     stored = (getattr(config, "attn_params", None) or {}).get(cls.name, {})
     return parse_parameters(cls, stored)
+
+
+def redraw_features(
+    model_or_config: PreTrainedModel | PreTrainedConfig,
+) -> PreTrainedModel | PreTrainedConfig:
+    """Draw the random features of ``linear`` anew; they are used from the next call on.
+
+    The draw's number goes into the config and is saved with it. Caches filled before are refused.
+
+    Args:
+        model_or_config: A model or its config, with ``LinearConfig(feature_map="favor")``.
+
+    Returns:
+        What was passed in.
+
+    Raises:
+        ValueError: Its features are not random.
+    """
+    config: Any = getattr(model_or_config, "config", model_or_config)
+    parameters = parameters_of(config, LinearConfig)
+    if parameters.feature_map != "favor":
+        raise ValueError(
+            f"redraw_features: feature_map={parameters.feature_map!r} has no random features; "
+            "configure(model, LinearConfig(feature_map='favor')) has."
+        )
+    return configure(model_or_config, dataclasses.replace(parameters, redraw=parameters.redraw + 1))

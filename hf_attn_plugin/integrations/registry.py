@@ -12,6 +12,10 @@ DESCRIPTIONS: dict[str, str] = {
     "longformer": "a window, and global tokens that see and are seen by all",
     "strided": "a window, and every key at a multiple of the stride",
     "sparq": "dense prefill; decoding reads only the part of the KV cache that matters",
+    "exact_topk": "dense prefill; decoding over the `top_k` keys with the largest exact scores",
+    "h2o": "dense prefill; decoding over the keys that have drawn the most attention so far",
+    "lm_infinite": "dense prefill; decoding over sink tokens and the last `window` tokens",
+    "linear": "features in place of softmax: O(N) training, decoding from a state of fixed size",
 }
 
 
@@ -30,13 +34,23 @@ def _register_now() -> None:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    from hf_attn_plugin.integrations import sparq_cache
+    from hf_attn_plugin.integrations import (
+        h2o_cache,
+        linear_cache,
+        packed_positions,
+        sparq_cache,
+        window_cache,
+    )
     from hf_attn_plugin.integrations.masks import pattern_mask
     from hf_attn_plugin.methods import METHODS
 
     attn_params.install()
     flash_name.install(frozenset(METHODS))
+    packed_positions.install(frozenset(METHODS))
+    linear_cache.install()
     sparq_cache.install()
+    h2o_cache.install()
+    window_cache.install()
     for name, function in METHODS.items():
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, pattern_mask)

@@ -1,14 +1,15 @@
 """Gap: transformers' caches hold keys one way only.
 
-The cache that ``sparq`` reads: keys stored a second time component-major, running mean value.
+The caches that ``sparq`` reads: keys stored a second time by component, running sums of the values.
 
-``install()`` makes transformers build it by itself wherever it builds a `DynamicCache` for a model
-whose attention implementation is ``sparq``. Static caches keep their own layers, since a compiled
-decoding step cannot carry this one's Python state; ``sparq`` then works without it.
+``install()`` makes transformers build them by itself wherever it builds a `DynamicCache` or a
+`StaticCache` for a model whose attention implementation is ``sparq``.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,31 +17,54 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, cache_utils
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 
-from hf_attn_plugin.ops.sparq_state import RunningMean, SparQState, attach_state
+from hf_attn_plugin.config import SparQConfig, parameters_of
+from hf_attn_plugin.integrations import quantized_cache
+from hf_attn_plugin.integrations.sparq_static_cache import SparQStaticLayer
+from hf_attn_plugin.ops.sparq.key_copy import FullBuffer, QuantizedBuffer, allocate_copy
+from hf_attn_plugin.ops.sparq.reads import nbytes
+from hf_attn_plugin.ops.sparq.state import SparQState, attach_state
+from hf_attn_plugin.ops.sparq.sums import RunningSums
 
-METHOD = "sparq"
-LAYER_TYPE = "sparq:full_attention"
+METHOD = SparQConfig.name
+# One per way of copying the keys, since a layer is told nothing of the model's parameters.
+LAYER_TYPES = {kind: f"{METHOD}:{kind}" for kind in SparQConfig.KEY_COPIES}
 
 
 @dataclass(frozen=True, eq=False)
 class _Buffers:
-    """Memory of one layer, of which the first positions are in use."""
+    """Memory of one layer, of which the first positions are in use.
 
-    keys: Tensor  # [B, Hkv, capacity, D]
-    values: Tensor  # [B, Hkv, capacity, Dv]
-    keys_t: Tensor  # [B, Hkv, D, capacity]
+    Attributes:
+        keys: [B, Hkv, capacity, D].
+        values: [B, Hkv, capacity, Dv].
+        copy: The keys once more; None without.
+        complete: Whether what was stored last is still all in use. If not, the memory after it was
+            handed out before and must not be written again.
+    """
+
+    keys: Tensor
+    values: Tensor
+    copy: FullBuffer | QuantizedBuffer | None
+    complete: bool = True
 
     @classmethod
-    def allocate(cls, keys: Tensor, values: Tensor, capacity: int) -> _Buffers:
+    def allocate(cls, keys: Tensor, values: Tensor, capacity: int, key_copy: str) -> _Buffers:
         """Empty buffers for ``capacity`` positions of such keys and values."""
         batch, kv_heads, _, head_dim = keys.shape
         return cls(
             keys=keys.new_empty(batch, kv_heads, capacity, head_dim),
             values=values.new_empty(batch, kv_heads, capacity, values.shape[-1]),
-            keys_t=keys.new_empty(batch, kv_heads, head_dim, capacity),
+            copy=allocate_copy(key_copy, keys, capacity),
         )
+
+    def moved(self, keys: Tensor, values: Tensor, capacity: int) -> _Buffers:
+        """Larger buffers that hold ``keys`` and ``values``, the first positions of these."""
+        new = self.allocate(keys, values, capacity, "none")
+        new.write(0, keys, values)
+        copy = None if self.copy is None else self.copy.moved(keys, capacity)
+        return dataclasses.replace(new, copy=copy)
 
     @property
     def capacity(self) -> int:
@@ -49,8 +73,11 @@ class _Buffers:
 
     @property
     def writable(self) -> bool:
-        """Whether this mode may write: inference-mode tensors are frozen outside of it."""
-        return not self.keys.is_inference() or torch.is_inference_mode_enabled()
+        """Whether there may be written at the end.
+
+        Inference-mode tensors are frozen outside of this mode.
+        """
+        return self.complete and (not self.keys.is_inference() or torch.is_inference_mode_enabled())
 
     def write(self, start: int, keys: Tensor, values: Tensor) -> None:
         """Store keys and values from position ``start`` on."""
@@ -59,33 +86,44 @@ class _Buffers:
         # earlier; no such view reaches `start`, so what it saved stays as it was.
         self.keys.data[:, :, start:stop] = keys
         self.values.data[:, :, start:stop] = values
-        self.keys_t.data[..., start:stop] = keys.transpose(2, 3)
+        if self.copy is not None:
+            self.copy.append(start, keys)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> _Buffers:
         """Buffers with ``function`` applied to each."""
-        return _Buffers(function(self.keys), function(self.values), function(self.keys_t))
+        copy = None if self.copy is None else self.copy.map(function)
+        return _Buffers(function(self.keys), function(self.values), copy, self.complete)
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes allocated for the keys' copy."""
+        return 0 if self.copy is None else self.copy.nbytes
 
 
 class SparQLayer(DynamicLayer):
     """A dynamic cache layer for SparQ decoding (arXiv 2312.04985).
 
     The keys are stored a second time component-major, so that reading r components of all keys
-    reads r contiguous rows. All three tensors live in buffers that grow by a quarter when they are
-    full: appending a token costs one small write, where concatenation would copy the whole cache
-    and cost more than dense attention. That takes 1.5 times the memory of a plain cache where keys
-    and values are equally wide, and up to a quarter of that again.
+    reads r contiguous rows. All tensors live in buffers that grow by a quarter when they are full:
+    appending a token costs one small write, where concatenation would copy the whole cache and
+    cost more than dense attention. In full, the copy adds half to the memory of a plain cache where
+    keys and values are equally wide; all that may have up to a quarter of itself as headroom.
 
     ``update`` returns views of the buffers, and leaves a `SparQState` on the keys. Memory that was
     ever returned is never written again. With gradients enabled nothing is written in place at all:
     keys and values are concatenated as in a plain layer, and carry no state.
+
+    Args:
+        key_copy: How the keys are kept a second time: a ``SparQConfig.key_copy``.
     """
 
     MIN_HEADROOM = 64  # positions; spares short prompts the first few growths
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, key_copy: str = "full", **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.key_copy = key_copy
         self._buffers: _Buffers | None = None
-        self._mean = RunningMean()
+        self._sums = RunningSums()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -100,10 +138,13 @@ class SparQLayer(DynamicLayer):
         length = old + key_states.shape[2]
         buffers = self._buffers
         if buffers is None or buffers.capacity < length or not buffers.writable:
-            headroom = max(self.MIN_HEADROOM, length // 4)
-            buffers = _Buffers.allocate(key_states, value_states, length + headroom)
-            if old:
-                buffers.write(0, *self._stored())
+            capacity = length + max(self.MIN_HEADROOM, length // 4)
+            if old and buffers is not None:
+                buffers = buffers.moved(*self._stored(), capacity)
+            else:
+                buffers = _Buffers.allocate(key_states, value_states, capacity, self.key_copy)
+                if old:
+                    buffers.write(0, *self._stored())
         buffers.write(old, key_states, value_states)
         return self._show(buffers, length)
 
@@ -117,12 +158,14 @@ class SparQLayer(DynamicLayer):
         self._buffers = buffers
         self.keys = buffers.keys[:, :, :length]
         self.values = buffers.values[:, :, :length]
-        attach_state(self.keys, SparQState(buffers.keys_t[..., :length], self._mean))
+        components = None if buffers.copy is None else buffers.copy.components(length)
+        attach_state(self.keys, SparQState(self.key_copy, components, self._sums))
         return self.keys, self.values
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply ``function`` to what is stored, whatever holds it."""
-        if self._buffers is None:
+        if self._buffers is None or not self._buffers.complete:
+            self._buffers = None
             self.keys, self.values = map(function, self._stored())
         else:
             # The whole buffers, so that the next update need not allocate and copy again.
@@ -130,7 +173,7 @@ class SparQLayer(DynamicLayer):
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.get_seq_length() > 0:
-            self._mean.map_batch(function)
+            self._sums.map_batch(function)
             self._map(function)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -150,19 +193,18 @@ class SparQLayer(DynamicLayer):
         before = self.get_seq_length()
         super().crop(tokens_to_remove)
         after = self.get_seq_length()
-        if after != before:
-            self._buffers = None
-        if after < self._mean.counted:
-            self._mean = RunningMean()
+        if after != before and self._buffers is not None:
+            self._buffers = dataclasses.replace(self._buffers, complete=False)
+        self._sums.crop(after)
 
     def reset(self) -> None:
         """Forget all positions."""
         self.keys = self.values = self._buffers = None
         self.is_initialized = False
-        self._mean = RunningMean()
+        self._sums = RunningSums()
 
     def offload(self) -> None:
-        """Move keys and values to the CPU; the running mean is small and stays."""
+        """Move keys and values to the CPU; the running sums are small and stay."""
         if self.is_initialized:
             self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
 
@@ -171,6 +213,20 @@ class SparQLayer(DynamicLayer):
         if self.is_initialized and self._stored()[0].device != self.device:
             self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
+    def nbytes(self) -> dict[str, int]:
+        """Bytes allocated: see `kv_cache_bytes`."""
+        stored = [] if self.keys is None or self.values is None else [self.keys, self.values]
+        buffers = self._buffers
+        if buffers is not None:
+            stored = [buffers.keys, buffers.values]
+        sizes = [nbytes(tensor) for tensor in stored] or [0, 0]
+        return {
+            "keys": sizes[0],
+            "values": sizes[1],
+            "key_copy": 0 if buffers is None else buffers.copy_bytes,
+            "value_sums": self._sums.nbytes,
+        }
+
 
 # In transformers 5.17 the second part is one dictionary for all layers; it is only handed on.
 LayerTypes = Callable[[PreTrainedConfig], tuple[list[str], list[dict[Any, Any]]]]
@@ -178,31 +234,47 @@ LayerTypes = Callable[[PreTrainedConfig], tuple[list[str], list[dict[Any, Any]]]
 
 @dataclass(frozen=True)
 class _SparQLayerTypes:
-    """transformers' ``get_layer_types_and_kwargs``, with our layer in models that use ``sparq``."""
+    """transformers' ``get_layer_types_and_kwargs``, with our layers for ``sparq``."""
 
     original: LayerTypes
 
     def __call__(self, config: PreTrainedConfig) -> tuple[list[str], list[dict[Any, Any]]]:
         layer_types, layer_kwargs = self.original(config)
-        installed = LAYER_TYPE in cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
-        if installed and getattr(config, "_attn_implementation", None) == METHOD:
-            layer_types = [LAYER_TYPE if t == "full_attention" else t for t in layer_types]
+        if _wanted(config):
+            ours = LAYER_TYPES[parameters_of(config, SparQConfig).key_copy]
+            layer_types = [ours if t == "full_attention" else t for t in layer_types]
         return layer_types, layer_kwargs
 
 
+def _wanted(config: PreTrainedConfig) -> bool:
+    """Whether this model's full-attention layers get our cache layer.
+
+    Not with multi-head latent attention: what it caches are latents, from which the keys are made
+    only after the cache. A second copy of them would be of no use.
+    """
+    installed = LAYER_TYPES["full"] in cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
+    latent = getattr(config, "kv_lora_rank", None) is not None
+    return installed and getattr(config, "_attn_implementation", None) == METHOD and not latent
+
+
 def install() -> None:
-    """Make transformers use `SparQLayer` in the dynamic caches of models that use ``sparq``.
+    """Make transformers use our layers in the caches of models that use ``sparq``.
 
     Only full-attention layers change; those with a sliding window keep their own. Calling it again
     does nothing.
     """
-    if LAYER_TYPE in cache_utils.DYNAMIC_LAYER_TYPE_MAPPING:
+    if LAYER_TYPES["full"] in cache_utils.DYNAMIC_LAYER_TYPE_MAPPING:
         return
-    cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = SparQLayer
-    cache_utils.STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = StaticLayer
+    # Transformers calls what is in the mappings; it need not be a class.
+    dynamic: dict[str, Any] = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
+    static: dict[str, Any] = cache_utils.STATIC_LAYER_TYPE_MAPPING
+    for kind, name in LAYER_TYPES.items():
+        dynamic[name] = functools.partial(SparQLayer, kind)
+        static[name] = functools.partial(SparQStaticLayer, kind)
     current = cache_utils.get_layer_types_and_kwargs
     if not isinstance(current, _SparQLayerTypes):
         cache_utils.get_layer_types_and_kwargs = _SparQLayerTypes(current)
+    quantized_cache.install()
 
 
 def uninstall() -> None:
@@ -210,8 +282,10 @@ def uninstall() -> None:
 
     Where somebody else has wrapped the same function since, ours stays underneath and does nothing.
     """
-    cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.pop(LAYER_TYPE, None)
-    cache_utils.STATIC_LAYER_TYPE_MAPPING.pop(LAYER_TYPE, None)
+    for name in LAYER_TYPES.values():
+        cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.pop(name, None)
+        cache_utils.STATIC_LAYER_TYPE_MAPPING.pop(name, None)
     current = cache_utils.get_layer_types_and_kwargs
     if isinstance(current, _SparQLayerTypes):
         cache_utils.get_layer_types_and_kwargs = current.original  # type: ignore[assignment]
+    quantized_cache.uninstall()

@@ -3,7 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from hf_attn_plugin.methods.exact_topk import exact_topk_attention
 from hf_attn_plugin.methods.flash import flash_attention
+from hf_attn_plugin.methods.h2o import h2o_attention
+from hf_attn_plugin.methods.linear import linear_attention_forward
+from hf_attn_plugin.methods.lm_infinite import lm_infinite_attention
 from hf_attn_plugin.methods.longformer import longformer_attention
 from hf_attn_plugin.methods.sliding_window import sliding_window_attention
 from hf_attn_plugin.methods.sparq import sparq_attention
@@ -15,4 +19,8 @@ METHODS: dict[str, Callable[..., Any]] = {
     "longformer": longformer_attention,
     "strided": strided_attention,
     "sparq": sparq_attention,
+    "exact_topk": exact_topk_attention,
+    "h2o": h2o_attention,
+    "lm_infinite": lm_infinite_attention,
+    "linear": linear_attention_forward,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 
 from hf_attn_plugin.config import SparQConfig
 from hf_attn_plugin.methods.call import AttentionCall, attend, read_call
-from hf_attn_plugin.methods.counting import record
+from hf_attn_plugin.methods.counting import COUNTER_ATTRIBUTE, record
 from hf_attn_plugin.ops.sparq import sparq_decode
-from hf_attn_plugin.ops.sparq_state import sparq_state
+from hf_attn_plugin.ops.sparq.key_copy import Components, StridedComponents
+from hf_attn_plugin.ops.sparq.state import SparQState, sparq_state
 from hf_attn_plugin.patterns import PatternMask
 
 
@@ -34,7 +36,7 @@ def sparq_attention(
         module: The attention module; its config holds the `SparQConfig`.
         query: ``[batch, heads, q_len, head_dim]``.
         key: ``[batch, kv_heads, kv_len, head_dim]``; the cache has left its state on it.
-            Without one, all keys are read to find those that matter.
+            Without one, all keys are read to find those that matter, and a warning says so once.
         value: ``[batch, kv_heads, kv_len, value_dim]``.
         attention_mask: The model's mask.
         **kwargs: Transformers' further arguments.
@@ -49,11 +51,14 @@ def sparq_attention(
     rank = parameters.resolve_rank(query.shape[-1])
     # The cached tensors as they are: autocast's copies of them would have to be made every step.
     state = sparq_state(key)
+    _check_state(call, parameters, state)
     visible = _visible_to_last(call)
-    mean, mean_bytes = None, 0
+    sums, sums_bytes = None, 0
     if state is not None and parameters.mean_value_reallocation:
         # After prefill too, where the values have just been read anyway.
-        mean, mean_bytes = state.mean(value, visible)
+        sums, sums_bytes = state.sums.update(
+            value, visible, parameters.mean_block, new=query.shape[2]
+        )
     if not call.is_decoding:
         return attend(call, call.pattern)
     output, reads = sparq_decode(
@@ -64,15 +69,48 @@ def sparq_attention(
         top_k=parameters.top_k,
         local_window=parameters.resolve_local_window(),
         mean_value_reallocation=parameters.mean_value_reallocation,
+        coverage=parameters.coverage,
+        rank_coverage=parameters.rank_coverage,
+        mean_block=parameters.mean_block,
         scaling=call.scaling,
-        keys_t=None if state is None else state.keys_t,
-        value_mean=mean,
+        components=_components(call, parameters, key, state),
+        sums=sums,
         visible=visible,
         softcap=call.softcap,
         sinks=call.sinks,
     )
-    record(module, "sparq", read=reads.total + mean_bytes, dense=reads.dense)
+    record(module, "sparq", read=reads.total + sums_bytes, dense=reads.dense)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _check_state(call: AttentionCall, parameters: SparQConfig, state: SparQState | None) -> None:
+    """Refuse a cache made for other parameters; warn where there is no state to read less by."""
+    if state is not None and state.key_copy != parameters.key_copy:
+        raise ValueError(
+            f"sparq: this cache was made with key_copy={state.key_copy!r} and the model now has "
+            f"key_copy={parameters.key_copy!r}. Start with a new cache."
+        )
+    missing = state is None and (
+        parameters.key_copy != "none" or parameters.mean_value_reallocation
+    )
+    if missing and call.is_decoding and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"sparq: {type(call.module).__name__} decodes from a cache that keeps no second copy "
+            "of the keys, so every key is read to find those that matter. Where the cache was made "
+            "as DynamicCache(), make it as DynamicCache(config=model.config), and decode under "
+            "torch.no_grad(). Models that cache latents in place of keys (multi-head latent "
+            "attention) always read them all.",
+            stacklevel=2,
+        )
+
+
+def _components(
+    call: AttentionCall, parameters: SparQConfig, key: Tensor, state: SparQState | None
+) -> Components | None:
+    """The keys by component."""
+    if parameters.key_copy == "none":
+        return StridedComponents(key, counted=hasattr(call.module, COUNTER_ATTRIBUTE))
+    return None if state is None else state.components
 
 
 def _applies(call: AttentionCall) -> bool:

@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from hf_attn_plugin.integrations.sparq_cache import SparQLayer
-from hf_attn_plugin.ops.sparq_state import sparq_state
+from hf_attn_plugin.ops.sparq.state import sparq_state
 
 B, HKV, D, DV = 3, 2, 8, 6
 
@@ -47,9 +47,17 @@ def check(ours, plain, returned=None, state=True):
     assert ours.get_mask_sizes(2) == plain.get_mask_sizes(2)
     if state:
         found = sparq_state(ours.keys)
-        torch.testing.assert_close(found.keys_t, plain.keys.transpose(2, 3), rtol=0, atol=0)
+        torch.testing.assert_close(
+            found.components.keys_t, plain.keys.transpose(2, 3), rtol=0, atol=0
+        )
     else:
         assert sparq_state(ours.keys) is None
+
+
+def mean_of(keys, values, visible=None):
+    """The running mean, and the bytes read for it."""
+    sums, read = sparq_state(keys).sums.update(values, visible, None)
+    return sums.total[:, :, 0] / sums.seen[:, :, None].clamp_min(1), read
 
 
 def both(ours, plain, name, *args):
@@ -88,9 +96,9 @@ def test_half_precision_and_component_rows_are_contiguous():
     with torch.no_grad():
         keys, _ = layer.update(*(t.bfloat16() for t in chunk(9)))
     state = sparq_state(keys)
-    assert state.keys_t.dtype == torch.bfloat16
-    assert state.keys_t.stride(-1) == 1
-    state.keys_t.view(B * HKV * D, 9)  # rows can be selected without a copy
+    assert state.components.keys_t.dtype == torch.bfloat16
+    assert state.components.keys_t.stride(-1) == 1
+    state.components.keys_t.view(B * HKV * D, 9)  # rows can be selected without a copy
 
 
 def test_what_was_returned_never_changes():
@@ -99,7 +107,7 @@ def test_what_was_returned_never_changes():
     with torch.no_grad():
         for i in range(12):
             keys, values = layer.update(*chunk(1 + i % 3, seed=i))
-            tensors = (keys, values, sparq_state(keys).keys_t)
+            tensors = (keys, values, sparq_state(keys).components.keys_t)
             kept.append((tensors, [t.clone() for t in tensors]))
             if i % 4 == 3:
                 layer.crop(-2)
@@ -160,7 +168,7 @@ BATCH_CHANGES = {
 def test_changes_of_the_batch(change):
     ours, plain = filled(5, 1)
     visible = torch.arange(6) >= torch.tensor([[0], [2], [3]])
-    sparq_state(ours.keys).mean(ours.values, visible)
+    mean_of(ours.keys, ours.values, visible)
     both(ours, plain, *change)
     check(ours, plain)
     address = ours.keys.data_ptr()
@@ -173,7 +181,7 @@ def test_changes_of_the_batch(change):
         "batch_select_indices": lambda t: t[argument],
     }[name](visible)
     rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.bool)], dim=1)
-    mean, _ = sparq_state(ours.keys).mean(ours.values, rows)
+    mean, _ = mean_of(ours.keys, ours.values, rows)
     torch.testing.assert_close(mean, masked_mean(plain.values, rows))
 
 
@@ -192,12 +200,12 @@ def test_changes_of_the_batch_before_anything_is_cached_or_after_training(name):
 @pytest.mark.parametrize("removed", [0, -1, -4, -7])
 def test_crop(removed):
     ours, plain = filled(6, 1)
-    sparq_state(ours.keys).mean(ours.values)
+    mean_of(ours.keys, ours.values)
     both(ours, plain, "crop", removed)
     check(ours, plain, state=removed == 0)
     grow(ours, plain, 3, seed=50)
     grow(ours, plain, 1, seed=51)
-    mean, _ = sparq_state(ours.keys).mean(ours.values)
+    mean, _ = mean_of(ours.keys, ours.values)
     torch.testing.assert_close(mean, plain.values.mean(dim=2))
 
 
@@ -209,13 +217,12 @@ def test_crop_before_anything_is_cached():
 
 def test_reset():
     ours, _ = filled(6, 1)
-    old = sparq_state(ours.keys)
-    old.mean(ours.values)
+    mean_of(ours.keys, ours.values)
     ours.reset()
     assert ours.get_seq_length() == 0
     assert not ours.is_initialized
     filled(9, 1, layer=ours)  # more than before: the old count must not pass for part of it
-    mean, read = sparq_state(ours.keys).mean(ours.values)
+    mean, read = mean_of(ours.keys, ours.values)
     torch.testing.assert_close(mean, ours.values.mean(dim=2))
     assert read == ours.values.numel() * 4
 
@@ -238,17 +245,17 @@ def test_running_mean_reads_each_value_once_and_leaves_padding_out():
             keys, values = layer.update(keys, values)
         length += new
         visible = torch.arange(length)[None] >= start
-        mean, read = sparq_state(keys).mean(values, visible)
+        mean, read = mean_of(keys, values, visible)
         assert read == new * row_bytes
         torch.testing.assert_close(mean, masked_mean(values.nan_to_num(1e9), visible))
-        assert sparq_state(keys).mean(values, visible)[1] == 0
+        assert mean_of(keys, values, visible)[1] == 0
     assert mean[2].abs().sum() > 0
 
 
 def test_running_mean_catches_up_with_steps_that_did_not_ask():
     ours, plain = filled(4, 1, 1, 1)
     grow(ours, plain)
-    mean, read = sparq_state(ours.keys).mean(ours.values, torch.ones(1, 8, dtype=torch.bool))
+    mean, read = mean_of(ours.keys, ours.values, torch.ones(1, 8, dtype=torch.bool))
     torch.testing.assert_close(mean, plain.values.mean(dim=2))
     assert read == plain.values.numel() * 4
 
@@ -259,30 +266,30 @@ def test_running_mean_accumulates_in_float32():
     with torch.no_grad():
         keys, values = layer.update(values.clone(), values)
         for _ in range(20):
-            sparq_state(keys).mean(values)
+            mean_of(keys, values)
             keys, values = layer.update(values[:, :, :1], values[:, :, :1])
-    mean, _ = sparq_state(keys).mean(values)
+    mean, _ = mean_of(keys, values)
     assert mean.dtype == torch.float32
     assert mean.item() == 1.0
 
 
 def test_deepcopy_is_independent():
     ours, plain = filled(5, 1)
-    sparq_state(ours.keys).mean(ours.values)
+    mean_of(ours.keys, ours.values)
     copied, plain_copy = copy.deepcopy(ours), copy.deepcopy(plain)
-    assert sparq_state(copied.keys).running_mean is copied._mean
+    assert sparq_state(copied.keys).sums is copied._sums
     grow(ours, plain, seed=1)
     grow(copied, plain_copy, seed=2)
     check(ours, plain)
     check(copied, plain_copy)
     for layer in (ours, copied):
-        mean, _ = sparq_state(layer.keys).mean(layer.values)
+        mean, _ = mean_of(layer.keys, layer.values)
         torch.testing.assert_close(mean, layer.values.mean(dim=2))
 
 
 def test_save_and_load():
     ours, plain = filled(5, 1)
-    sparq_state(ours.keys).mean(ours.values)
+    mean_of(ours.keys, ours.values)
     cache = Cache(layers=[ours])
     file = io.BytesIO()
     torch.save({"cache": cache, "keys": ours.keys}, file)
@@ -291,10 +298,13 @@ def test_save_and_load():
     layer = loaded["cache"].layers[0]
     check(layer, plain)
     torch.testing.assert_close(
-        sparq_state(loaded["keys"]).keys_t, sparq_state(ours.keys).keys_t, rtol=0, atol=0
+        sparq_state(loaded["keys"]).components.keys_t,
+        sparq_state(ours.keys).components.keys_t,
+        rtol=0,
+        atol=0,
     )
     grow(layer, plain)
-    mean, _ = sparq_state(layer.keys).mean(layer.values)
+    mean, _ = mean_of(layer.keys, layer.values)
     torch.testing.assert_close(mean, plain.values.mean(dim=2))
 
 
@@ -331,7 +341,7 @@ def test_offload_and_prefetch_take_everything_along():
     check(ours, plain)
     ours.device = torch.device("meta")
     ours.prefetch()
-    for tensor in (ours.keys, ours.values, sparq_state(ours.keys).keys_t):
+    for tensor in (ours.keys, ours.values, sparq_state(ours.keys).components.keys_t):
         assert tensor.device.type == "meta"
     SparQLayer().offload()
     SparQLayer().prefetch()
@@ -349,7 +359,7 @@ def test_offloaded_cache_on_a_gpu():
                 expected, _ = plain[i].update(*states)
                 torch.testing.assert_close(keys, expected, rtol=0, atol=0)
                 state = sparq_state(keys)
-                torch.testing.assert_close(state.keys_t, expected.mT, rtol=0, atol=0)
-                mean, _ = state.mean(values)
+                torch.testing.assert_close(state.components.keys_t, expected.mT, rtol=0, atol=0)
+                mean, _ = mean_of(keys, values)
                 torch.testing.assert_close(mean, plain[i].values.mean(dim=2))
                 assert layers[i].keys.device.type == "cpu"

@@ -5,64 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from hf_attn_plugin.ops.sparq import CacheReads, sparq_decode
+from hf_attn_plugin.ops.sparq.key_copy import FullComponents
+from hf_attn_plugin.ops.sparq.sums import BlockSums
+from tests.ops.sparq_reference import numpy_sparq
 
 SHAPES = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
-
-
-def numpy_softmax(scores, visible, sink=None):
-    """Softmax over the visible entries; the sink is one more term of the denominator."""
-    weights = np.where(visible, np.exp(scores), 0.0)
-    return weights / (weights.sum() + (0.0 if sink is None else math.exp(sink)))
-
-
-def numpy_sparq(
-    query, keys, values, *, rank, top_k, local_window, reallocate, scaling=None, visible=None,
-    softcap=None, sinks=None,
-):  # fmt: skip
-    """Algorithm 1 of arXiv 2312.04985 with its rule for grouped queries, in float64 loops."""
-    query, keys, values = (t.double().numpy() for t in (query, keys, values))
-    batch, heads, _, d = query.shape
-    kv_heads, length = keys.shape[1:3]
-    group = heads // kv_heads
-    scaling = 1 / math.sqrt(d) if scaling is None else scaling
-    cap = (lambda s: s) if softcap is None else (lambda s: softcap * np.tanh(s / softcap))
-    output = np.zeros((batch, heads, 1, values.shape[-1]))
-    for b in range(batch):
-        seen = np.ones(length, bool) if visible is None else visible.expand(batch, -1)[b].numpy()
-        if not seen.any():
-            continue
-        v_mean = values[b][:, seen].mean(axis=1)
-        for kv in range(kv_heads):
-            members = range(kv * group, (kv + 1) * group)
-            magnitude = sum(np.abs(query[b, h, 0]) for h in members)
-            i1 = np.argsort(-magnitude)[:rank]
-            approximate = {}
-            for h in members:
-                q = query[b, h, 0]
-                tau = math.sqrt(d * np.abs(q[i1]).sum() / np.abs(q).sum())
-                # tau stands in for sqrt(d); `scaling` may be something else than 1 / sqrt(d).
-                scores = keys[b, kv][:, i1] @ q[i1] / tau * (scaling * math.sqrt(d))
-                sink = None if sinks is None else float(sinks[h])
-                approximate[h] = numpy_softmax(cap(scores), seen, sink)
-            ranking = sum(approximate.values())
-            ranking[~seen] = -1
-            recent = np.flatnonzero(seen)[-local_window:] if local_window else []
-            ranking[recent] = np.inf
-            i2 = [j for j in np.argsort(-ranking)[:top_k] if seen[j]]
-            for h in members:
-                scores = cap(keys[b, kv][i2] @ query[b, h, 0] * scaling)
-                sink = None if sinks is None else float(sinks[h])
-                y = numpy_softmax(scores, np.ones(len(i2), bool), sink) @ values[b, kv][i2]
-                if reallocate:
-                    alpha = approximate[h][i2].sum()
-                    y = alpha * y + (1 - alpha) * v_mean[kv]
-                output[b, h, 0] = y
-    return torch.from_numpy(output)
 
 
 def numpy_dense(query, keys, values, **kwargs):
@@ -80,6 +31,10 @@ def inputs(shape="gqa", batch=2, length=41, d=16, dv=24, dtype=torch.float64, se
     query = 2 * make(batch, heads, 1, d)
     keys, values = make(batch, kv_heads, length, d), make(batch, kv_heads, length, dv) + 0.5
     return query.to(dtype), keys.to(dtype), values.to(dtype)
+
+
+def component_major(keys):
+    return FullComponents(keys.transpose(2, 3).contiguous())
 
 
 def left_padded(batch, length, padding=(0, 9)):
@@ -108,10 +63,10 @@ def test_equals_the_paper(shape, parameters, reallocate, masked):
     expected = numpy_sparq(
         query, keys, values, **parameters, reallocate=reallocate, visible=visible
     )
-    for keys_t in (None, keys.transpose(2, 3).contiguous()):
+    for components in (None, component_major(keys)):
         output, _ = sparq_decode(
             query, keys, values, **parameters, mean_value_reallocation=reallocate,
-            keys_t=keys_t, visible=visible,
+            components=components, visible=visible,
         )  # fmt: skip
         torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
@@ -149,7 +104,7 @@ def test_scaling_softcap_and_sinks(extra, top_k):
     )
     output, _ = sparq_decode(
         query, keys, values, **parameters, mean_value_reallocation=False,
-        keys_t=keys.transpose(2, 3), visible=visible, **extra,
+        components=component_major(keys), visible=visible, **extra,
     )  # fmt: skip
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
     plain, _ = sparq_decode(
@@ -267,10 +222,11 @@ def test_dtypes(dtype, tolerance, top_k, reallocate):
     query, keys, values = inputs(length=3000 if top_k == 3000 else 60, dtype=dtype)
     parameters = {"rank": 5, "top_k": top_k, "local_window": 3}
     expected = numpy_sparq(query, keys, values, **parameters, reallocate=reallocate)
-    for keys_t in (None, keys.transpose(2, 3).contiguous()):
+    for components in (None, component_major(keys)):
         output, _ = sparq_decode(
-            query, keys, values, **parameters, mean_value_reallocation=reallocate, keys_t=keys_t
-        )
+            query, keys, values, **parameters, mean_value_reallocation=reallocate,
+            components=components,
+        )  # fmt: skip
         assert output.dtype == dtype
         torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -286,7 +242,7 @@ def test_views_into_larger_buffers():
     expected, _ = sparq_decode(query, keys, values, **parameters)
     output, _ = sparq_decode(
         query, buffers[0][:, :, :41], buffers[1][:, :, :41],
-        keys_t=components[..., :41], **parameters,
+        components=FullComponents(components[..., :41]), **parameters,
     )  # fmt: skip
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
@@ -295,9 +251,10 @@ def test_a_given_mean_is_used():
     query, keys, values = inputs()
     parameters = {"rank": 4, "top_k": 10, "local_window": 3, "mean_value_reallocation": True}
     expected, _ = sparq_decode(query, keys, values, **parameters)
-    given, _ = sparq_decode(query, keys, values, value_mean=values.mean(dim=2), **parameters)
+    sums = BlockSums.of(values, None, None)
+    given, _ = sparq_decode(query, keys, values, sums=sums, **parameters)
     torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-12)
-    zero, _ = sparq_decode(query, keys, values, value_mean=0 * values.mean(dim=2), **parameters)
+    zero, _ = sparq_decode(query, keys, values, sums=sums.map(torch.zeros_like), **parameters)
     assert (zero - expected).abs().max() > 1e-2
 
 
@@ -306,10 +263,13 @@ def test_a_given_mean_is_used():
 #   all keys 2*3*100*8*2 = 9600, all values 2*3*100*4*2 = 4800, float32 mean 2*3*4*4 = 96.
 BYTES = {
     "component-major": ({}, CacheReads(960, 480, 2400, 0, 14400)),
-    "without the copy": ({"keys_t": None}, CacheReads(960, 480, 9600, 0, 14400)),
+    "without the copy": ({"components": None}, CacheReads(960, 480, 9600, 0, 14400)),
     "rank all": ({"rank": 8}, CacheReads(960, 480, 9600, 0, 14400)),
     "mean kept": (
-        {"mean_value_reallocation": True, "value_mean": torch.zeros(2, 3, 4)},
+        {
+            "mean_value_reallocation": True,
+            "sums": BlockSums.empty(torch.zeros(2, 3, 9, 4), 1, None),
+        },
         CacheReads(960, 480, 2400, 96, 14400),
     ),
     "mean computed": (
@@ -331,7 +291,7 @@ def test_bytes_are_those_of_the_gathered_tensors(change, expected):
     values = torch.randn(2, 3, 100, 4, dtype=torch.float16)
     arguments = {
         "rank": 2, "top_k": 10, "local_window": 3, "mean_value_reallocation": False,
-        "keys_t": keys.transpose(2, 3).contiguous(),
+        "components": component_major(keys),
     }  # fmt: skip
     _, reads = sparq_decode(query, keys, values, **(arguments | change))
     assert reads == expected
@@ -350,7 +310,7 @@ def test_bytes_are_those_of_the_gathered_tensors(change, expected):
         ({"query": torch.zeros(2, 5, 1, 16)}, "do not fit the query"),
         ({"query": torch.zeros(2, 6, 1, 8)}, "do not fit the query"),
         ({"values": torch.zeros(2, 2, 40, 24)}, "do not fit keys"),
-        ({"keys_t": torch.zeros(2, 2, 41, 16)}, "keys_t"),
+        ({"components": FullComponents(torch.zeros(2, 2, 16, 40))}, "do not belong to keys"),
         ({"sinks": torch.zeros(6), "mean_value_reallocation": True}, "attention sinks"),
     ],
 )
