@@ -6,11 +6,12 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
 from types import ModuleType
 from typing import Any
 
-from hf_attn_plugin.lm_eval.run import OUR_TASKS, NeedleGrid, require_lm_eval
-from hf_attn_plugin.lm_eval.tasks import tasks_dir
+from hf_attn_plugin.lm_eval.run import NeedleGrid, require_lm_eval
+from hf_attn_plugin.lm_eval.tasks import our_tasks, tasks_dir
 
 
 def run_harness(arguments: Sequence[str]) -> dict[str, Any] | None:
@@ -39,10 +40,15 @@ def run_harness(arguments: Sequence[str]) -> dict[str, Any] | None:
     with _program_arguments(arguments):
         parser = HarnessCLI()
         parsed = parser.parse_args()
+    ours, named = our_tasks(), getattr(parsed, "tasks", None) or []
     if hasattr(parsed, "include_path"):
         config = getattr(parsed, "config", None)
         from_file = EvaluatorConfig.load_yaml_config(config) if config else {}
         theirs = parsed.include_path or from_file.get("include_path") or []
+        named = named or from_file.get("tasks") or []
+        named = named if isinstance(named, list) else [named]
+        cached = getattr(parsed, "cache_requests", None) or from_file.get("cache_requests")
+        _check_request_cache(cached, [name for name in ours for p in named if fnmatch(name, p)])
         theirs = theirs if isinstance(theirs, list) else [theirs]
         parsed.include_path = [str(tasks_dir()), *theirs]
         if hasattr(parsed, "model"):
@@ -50,10 +56,10 @@ def run_harness(arguments: Sequence[str]) -> dict[str, Any] | None:
     recorded: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(lm_eval, "simple_evaluate", _recording(recorded)))
-        if set(getattr(parsed, "tasks", None) or ["others"]) <= set(OUR_TASKS):
+        if named and set(named) <= set(ours):
             # Indexing lm-eval's thousands of tasks takes longer than everything else here.
-            ours = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
-            stack.enter_context(_replaced(lm_eval.tasks, "TaskManager", ours))
+            quick = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+            stack.enter_context(_replaced(lm_eval.tasks, "TaskManager", quick))
         parser.execute(parsed)
     return recorded or None
 
@@ -88,6 +94,17 @@ def format_grid(grid: NeedleGrid) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     )
+
+
+def _check_request_cache(cache: Any, ours: Sequence[str]) -> None:
+    """Refuse lm-eval's cache of prompts for tasks whose prompts depend on options."""
+    asked = cache.get("cache_requests") if isinstance(cache, dict) else cache
+    if asked and ours:
+        raise ValueError(
+            f"--cache_requests keeps prompts by the name of the task alone, and would give "
+            f"{', '.join(ours)} those of other options or texts: leave it out, or run lm-eval's "
+            "own tasks by themselves."
+        )
 
 
 @contextlib.contextmanager

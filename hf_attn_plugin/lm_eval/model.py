@@ -25,9 +25,6 @@ from hf_attn_plugin.config import METHOD_CONFIGS, parse_parameters, validate_att
 from hf_attn_plugin.lm_eval.names import check_implementation
 from hf_attn_plugin.lm_eval.reads import KVReads
 
-DECODE_ONLY = frozenset({"sparq"})
-"""Methods whose prefill is dense attention, so that one forward pass does not measure them."""
-
 
 @register_model("hf-attn")
 class AttentionLM(HFLM):
@@ -44,8 +41,9 @@ class AttentionLM(HFLM):
         attn_params: ``{method: {parameter: value}}``, as kept in the model's config.
         decode_continuation: Measure the decoding path: everything up to the last token of the
             context is prefilled, then one token at a time is fed, for log-likelihoods and
-            generation alike. None does so for methods that act in decoding only (`sparq`), for
-            which a single forward pass would measure dense attention.
+            generation alike. None does so for methods that act in decoding only
+            (`MethodConfig.decode_only`, for example `sparq`), for which a single forward pass
+            would measure dense attention.
         device: None takes CUDA when there is some, else the CPU.
         progress: Show lm-eval's progress bars.
         **kwargs: Everything else that lm-eval's `hf` takes.
@@ -84,7 +82,8 @@ class AttentionLM(HFLM):
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
         if decode_continuation is None:
-            decode_continuation = self.attn_implementation in DECODE_ONLY
+            method = METHOD_CONFIGS.get(self.attn_implementation)
+            decode_continuation = method is not None and method.decode_only
         if decode_continuation and self.backend != "causal":
             raise ValueError("decode_continuation needs a decoder-only model.")
         self.decode_continuation = decode_continuation

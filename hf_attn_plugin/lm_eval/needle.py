@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import string
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -37,7 +38,10 @@ class NeedleTemplate:
     Attributes:
         needle: The sentence, with the fields ``{key}`` and ``{value}``.
         question: The end of the prompt, with the field ``{key}``.
-        answer: What follows the question, with the field ``{value}``.
+        questions: The end of the prompt where several values are asked for, with the field
+            ``{keys}``: one key, or several as "a, b and c".
+        answer: What follows the question, with the field ``{value}``: one, or several as
+            "1, 2 and 3".
         keys: The words that ``{key}`` is drawn from, at least one.
         values: The words that ``{value}`` is drawn from; none makes it a number.
         digits: Decimal digits of a number, 1 to 18; the first one is never zero.
@@ -45,6 +49,7 @@ class NeedleTemplate:
 
     needle: str = "\nThe secret number of {key} is {value}.\n"
     question: str = "\nThe secret number of {key} is"
+    questions: str = "\nThe secret numbers of {keys} are"
     answer: str = " {value}"
     keys: tuple[str, ...] = KEYS
     values: tuple[str, ...] = ()
@@ -54,6 +59,7 @@ class NeedleTemplate:
         for name, required, allowed in (
             ("needle", {"value"}, {"key", "value"}),
             ("question", set(), {"key"}),
+            ("questions", set(), {"keys"}),
             ("answer", {"value"}, {"value"}),
         ):
             text = getattr(self, name)
@@ -65,6 +71,12 @@ class NeedleTemplate:
                 )
         if not self.keys:
             raise ValueError("NeedleTemplate: keys must hold at least one word, got none.")
+        unclear = [value for value in self.values if not re.fullmatch(r"\w+", value)]
+        if unclear:
+            raise ValueError(
+                f"NeedleTemplate: values must be single words, to be found again in an answer, "
+                f"got {', '.join(map(repr, unclear))}."
+            )
         if not 1 <= self.digits <= 18:
             raise ValueError(f"NeedleTemplate: digits must be 1 to 18, got {self.digits}.")
 
@@ -74,34 +86,59 @@ class NeedleTemplate:
             return rng.choice(self.values)
         return str(rng.randrange(10 ** (self.digits - 1), 10**self.digits))
 
+    def draw_values(self, rng: random.Random, count: int) -> list[str]:
+        """Different values, all of one key."""
+        possible = len(set(self.values)) or 9 * 10 ** (self.digits - 1)
+        if count > possible:
+            raise ValueError(
+                f"NeedleTemplate: {count} different values of a key are wanted, but there are "
+                f"{possible}: name more values or more digits."
+            )
+        drawn: list[str] = []
+        while len(drawn) < count:
+            value = self.draw_value(rng)
+            if value not in drawn:
+                drawn.append(value)
+        return drawn
+
 
 @dataclasses.dataclass(frozen=True)
 class NeedleCase:
-    """One prompt with a hidden needle, and its answer.
+    """One prompt with hidden needles, and its answer.
 
     Attributes:
         context: The haystack with the needle inside, as text.
         question: The end of the prompt, as text; the prompt is ``context + question``.
         answer: The continuation that is right, as text.
-        value: The number or word alone.
-        key: The word it belongs to.
+        values: The numbers or words that are asked for.
+        keys: The words they belong to: one, or as many as there are values.
         prompt_ids: What the tokenizer makes of the prompt, special tokens included.
         answer_ids: The tokens that follow when the answer is appended to the prompt.
         length: Prompt tokens plus the tokens kept free for the answer.
-        depth: Where the needle sits: 0 at the start of the haystack, 1 at its end.
-        needle_start: Index in ``prompt_ids`` of the needle's first token.
+        depth: Where the first needle sits: 0 at the start of the haystack, 1 at its end.
+        needle_start: Index in ``prompt_ids`` of the first needle's first token.
     """
 
     context: str
     question: str
     answer: str
-    value: str
-    key: str
+    values: tuple[str, ...]
+    keys: tuple[str, ...]
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     length: int
     depth: float
     needle_start: int
+
+    @property
+    def value(self) -> str:
+        """The first value: the only one unless several are asked for."""
+        return self.values[0]
+
+    @property
+    def key(self) -> str:
+        """The first key."""
+        return self.keys[0]
 
     @property
     def prompt(self) -> str:
@@ -119,6 +156,8 @@ def make_needle_case(
     *,
     answer_room: int | None = None,
     num_distractors: int = 0,
+    num_values: int = 1,
+    num_queries: int = 1,
     add_special_tokens: bool = True,
 ) -> NeedleCase:
     """Hide a needle in a piece of the haystack, so that the result has exactly `length` tokens.
@@ -130,12 +169,16 @@ def make_needle_case(
         tokenizer: Any transformers tokenizer that can decode what it encodes.
         haystack_ids: Token ids of any text, without special tokens; a random piece is used.
         length: Tokens of the prompt and the room for the answer together.
-        depth: Where the needle sits in the haystack, 0 (start) to 1 (end).
+        depth: Where the needle sits in the haystack, 0 (start) to 1 (end). Where several values
+            are asked for it is the first one's; the others are at random places.
         rng: Draws the key, the value and the piece of haystack.
         template: The sentences; None takes `NeedleTemplate()`.
         answer_room: Tokens kept free behind the prompt. None takes the answer's own tokens, so
             that prompt and answer together have `length` tokens.
-        num_distractors: Needles of other keys, at random places.
+        num_distractors: Needles of keys that are not asked for, at random places (RULER's
+            multi-key retrieval, arXiv 2404.06654).
+        num_values: Values of each key, each in a needle of its own, all asked for (multi-value).
+        num_queries: Keys that are asked for (multi-query).
         add_special_tokens: Whether encoding adds the tokenizer's special tokens (a BOS).
 
     Returns:
@@ -149,24 +192,34 @@ def make_needle_case(
     template = template or NeedleTemplate()
     if not 0 <= depth <= 1:
         raise ValueError(f"depth must be within 0 (start) and 1 (end), got {depth}.")
-    if not 0 <= num_distractors < len(template.keys):
+    if min(num_values, num_queries) < 1:
         raise ValueError(
-            f"num_distractors must be 0 to {len(template.keys) - 1}, one key being the needle's "
-            f"own, got {num_distractors}."
+            f"num_values and num_queries must be at least 1, got {num_values} and {num_queries}."
+        )
+    if not 0 <= num_distractors <= len(template.keys) - num_queries:
+        raise ValueError(
+            f"num_distractors must be 0 to {max(len(template.keys) - num_queries, 0)}, "
+            f"{num_queries} of the {len(template.keys)} keys being asked for, got "
+            f"{num_distractors}."
         )
 
     def encode(text: str) -> list[int]:
         encoded = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return list(encoded["input_ids"])
 
-    keys = rng.sample(template.keys, 1 + num_distractors)
-    values = [template.draw_value(rng) for _ in keys]
-    needles = [
-        template.needle.format(key=key, value=value)
-        for key, value in zip(keys, values, strict=True)
+    keys = rng.sample(template.keys, num_queries + num_distractors)
+    hidden = [
+        (key, value)
+        for index, key in enumerate(keys)
+        for value in template.draw_values(rng, num_values if index < num_queries else 1)
     ]
+    needles = [template.needle.format(key=key, value=value) for key, value in hidden]
+    asked_keys = tuple(keys[:num_queries])
+    asked_values = tuple(value for _, value in hidden[: num_queries * num_values])
     question = template.question.format(key=keys[0])
-    answer = template.answer.format(value=values[0])
+    if len(asked_values) > 1:
+        question = template.questions.format(keys=_enumerate(asked_keys))
+    answer = template.answer.format(value=_enumerate(asked_values))
 
     bare = encode("".join(needles) + question)
     bare_answer = len(encode("".join(needles) + question + answer)) - len(bare)
@@ -208,8 +261,8 @@ def make_needle_case(
             context=context,
             question=question,
             answer=answer,
-            value=values[0],
-            key=keys[0],
+            values=asked_values,
+            keys=asked_keys,
             prompt_ids=tuple(prompt_ids),
             answer_ids=tuple(answer_ids),
             length=length,
@@ -240,6 +293,11 @@ def _hide(
         text += needles[index]
         last = cut
     return before, text + _decode(tokenizer, piece[last:])
+
+
+def _enumerate(words: Sequence[str]) -> str:
+    """Words as "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

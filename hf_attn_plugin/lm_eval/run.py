@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 from hf_attn_plugin.config import MethodConfig, configure
 from hf_attn_plugin.lm_eval.names import check_implementation
 from hf_attn_plugin.lm_eval.reads import KVReads
-from hf_attn_plugin.lm_eval.tasks import tasks_dir
+from hf_attn_plugin.lm_eval.tasks import our_tasks, tasks_dir
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-OUR_TASKS = ("niah", "long_bpb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +37,12 @@ class NeedleGrid:
 
     @classmethod
     def from_samples(cls, samples: Sequence[Mapping[str, Any]]) -> NeedleGrid:
-        """Average the samples that lm-eval logged for `niah` over each cell."""
+        """Average the samples that lm-eval logged for `niah` or its variants over each cell."""
+        metric = "recall" if samples and "recall" in samples[0] else "exact_match"
         cells: dict[tuple[int, float], list[float]] = {}
         for sample in samples:
             place = int(sample["doc"]["length"]), float(sample["doc"]["depth"])
-            cells.setdefault(place, []).append(float(sample["exact_match"]))
+            cells.setdefault(place, []).append(float(sample[metric]))
         lengths = tuple(sorted({length for length, _ in cells}))
         depths = tuple(sorted({depth for _, depth in cells}))
 
@@ -91,7 +90,7 @@ class EvalRun:
         return float(self.results["results"][task][f"{name},none"])
 
     def needle_grid(self, task: str = "niah") -> NeedleGrid:
-        """The scores of `niah` over length and depth."""
+        """The scores of `niah`, or of one of its variants, over length and depth."""
         return NeedleGrid.from_samples(self.samples[task])
 
 
@@ -120,13 +119,13 @@ def load_tasks(
         # Indexing lm-eval's thousands of tasks takes seconds.
         manager = TaskManager(
             include_path=str(tasks_dir()),
-            include_defaults=not set(names) <= set(OUR_TASKS),
+            include_defaults=not set(names) <= set(our_tasks()),
             metadata=options,
         )
         missing = [name for name in names if not manager.match_tasks([name])]
         if missing:
             raise ValueError(
-                f"no task named {', '.join(missing)}; ours are {', '.join(OUR_TASKS)}, and "
+                f"no task named {', '.join(missing)}; ours are {', '.join(our_tasks())}, and "
                 "`lm-eval ls tasks` lists lm-eval's."
             )
         loaded = list(manager.load(names)["tasks"].values())

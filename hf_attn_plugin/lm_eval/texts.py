@@ -8,11 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_attn_plugin.lm_eval.rows import choose_dataset, load_rows
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DATASET_FIELDS = ("path", "name", "split", "column", "data_files")
-"""What a `dataset` option may say; `path` is required, `column` defaults to "text"."""
 
 _PIECE = 50_000
 """Characters encoded at a time, so that of a whole corpus in one file only the start is."""
@@ -61,27 +60,11 @@ def iterate_texts(
 
 
 def _dataset_texts(dataset: Mapping[str, Any]) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            "reading a dataset needs the datasets package: pip install 'hf_attn_plugin[eval]'"
-        ) from error
-    unknown = sorted(set(dataset) - set(DATASET_FIELDS))
-    if unknown or "path" not in dataset:
-        raise ValueError(
-            f"a dataset is given as {{path, ...}} with any of {', '.join(DATASET_FIELDS)}; "
-            f"got {dict(dataset)!r}."
-        )
-    arguments = {key: value for key, value in dataset.items() if key != "column"}
-    column = dataset.get("column", "text")
-    rows = datasets.load_dataset(**{"split": "test", **arguments})
-    if column not in rows.column_names:
-        raise ValueError(
-            f"dataset {dataset['path']!r} has no column {column!r}; "
-            f"it has {', '.join(rows.column_names)}."
-        )
-    yield from (text for text in rows[column] if text)
+    chosen = choose_dataset({"split": "test", "column": "text"}, dataset, extra=("column",))
+    if "path" not in chosen:
+        raise ValueError(f"a dataset needs the path to load, got {dict(dataset)!r}.")
+    column = chosen.pop("column")
+    yield from (text for text in load_rows(chosen, [column])[column] if text)
 
 
 def encode_texts(
