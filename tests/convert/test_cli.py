@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -84,12 +84,15 @@ def test_dtype_and_method(source: Path, tmp_path: Path) -> None:
     assert torch.equal(model.model.layers[1].self_attn.k_proj.weight, original[:4].float())
 
 
-def test_missing_tokenizer_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "bare")
-    line = ["convert-gqa", str(tmp_path / "bare"), "--kv-heads", "4", "--out", str(tmp_path / "o")]
-    assert main(line) == 0
-    assert "no tokenizer saved" in capsys.readouterr().out
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "o").config.num_key_value_heads == 4
+def test_aligned_says_where_keys_are_averaged(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["convert-gqa", str(source), "--kv-heads", "4", "--out", str(tmp_path / "o")]
+    assert main([*line, "--method", "aligned"]) == 0
+    assert "keys turned in 2 of 2 layers" in capsys.readouterr().out
+    expected = to_gqa(LlamaForCausalLM.from_pretrained(source), 4, "aligned")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "o")
+    assert all(map(torch.equal, model.parameters(), expected.parameters()))
 
 
 def refused(line: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -134,8 +137,8 @@ def test_sources_that_cannot_be_converted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     end = ["--kv-heads", "2", "--out", str(tmp_path / "o")]
-    Olmo2ForCausalLM(Olmo2Config(**SIZES)).save_pretrained(tmp_path / "olmo2")
-    assert "olmo2 cannot be converted" in refused([str(tmp_path / "olmo2"), *end], capsys)
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4)).save_pretrained(tmp_path / "gpt2")
+    assert "gpt2 has no `num_key_value_heads`" in refused([str(tmp_path / "gpt2"), *end], capsys)
 
     config = LlamaConfig(**SIZES, architectures=["LlamaForCausalLM"])
     config.quantization_config = {"quant_method": "gptq", "bits": 4}

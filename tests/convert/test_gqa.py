@@ -275,15 +275,9 @@ def test_numbers_that_do_not_divide_are_refused(heads: object) -> None:
             NO_KV | {"word_embed_proj_dim": 48, "ffn_dim": 32},
             "opt has no `num_key_value_heads`",
         ),
-        ("phi3", {}, r"phi3 cannot be converted, because self_attn\.qkv_proj\.weight"),
-        ("olmo2", {}, r"olmo2 cannot be converted, because self_attn\.k_norm\.weight"),
         ("deepseek_v3", {"n_routed_experts": 4, "n_group": 1, "topk_group": 1}, "no weight of"),
         ("bart", NO_KV | {"d_model": 48}, "bart is an encoder-decoder|bart has no"),
-        (
-            "mimo_v2_flash",
-            {"num_key_value_heads": 6, "n_routed_experts": 4},
-            "shares each key/value head among 1 query heads where its config says 2",
-        ),
+        ("doge", {}, r"because self_attn\.A, self_attn\.dt_proj\.weight depends on"),
     ],
 )
 def test_families_are_refused_by_name(
@@ -293,8 +287,70 @@ def test_families_are_refused_by_name(
     assert "supported are" in error
 
 
+def test_fused_projections_keep_their_queries() -> None:
+    model = make("phi3")
+    name = "model.layers.1.self_attn.qkv_proj.weight"
+    old = model.get_parameter(name).detach().clone()
+    to_gqa(model, 3)
+    queries, keys, values = model.get_parameter(name).split((96, 24, 24))
+    assert torch.equal(queries, old[:96])
+    for new, rows in ((keys, old[96:192]), (values, old[192:])):
+        torch.testing.assert_close(new, rows.view(3, 4, 8, 48).mean(1).flatten(0, 1))
+
+
+def test_norms_over_heads_are_pooled() -> None:
+    whole, per_head = make("olmo2"), make("cohere", use_qk_norm=True)
+    for model, shape in ((whole, (96,)), (per_head, (12, 8))):
+        norms = model.model.layers[0].self_attn
+        nn.init.normal_(norms.k_norm.weight)
+        old_key, old_query = norms.k_norm.weight.clone(), norms.q_norm.weight.clone()
+        assert old_key.shape == shape
+        to_gqa(model, 4)
+        pooled = old_key.view(4, 3, 8).mean(1)
+        torch.testing.assert_close(norms.k_norm.weight.view(4, 8), pooled)
+        assert torch.equal(norms.q_norm.weight, old_query)
+
+
+def test_layers_with_different_numbers_of_heads(tmp_path: Path) -> None:
+    """Gemma 4 has fewer key/value heads in its full layers; those that have few enough stay."""
+    sizes = {"num_key_value_heads": 6, "num_global_key_value_heads": 2, "attention_k_eq_v": True}
+    more = {"global_head_dim": 16, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    kinds = ["sliding_attention", "full_attention"]
+    model = make("gemma4_text", **sizes, **more, layer_types=kinds, vocab_size_per_layer_input=64)
+    full = model.model.layers[1].self_attn.k_proj.weight
+    before = full.clone()
+    with pytest.raises(
+        ValueError, match=r"2, 6 key/value heads cannot become 4: .* one of 1, 2, 3, 6"
+    ):
+        to_gqa(model, 4)
+    plan = plan_gqa(type(model), model.config, 2)
+    assert [(layer.heads, layer.new_heads) for layer in plan.layers] == [(6, 2)]
+    to_gqa(model, 2)
+    assert torch.equal(full, before)
+    layers = model.config.per_layer_config
+    assert [layers[i].num_key_value_heads for i in (0, 1)] == [2, 2]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path).eval()), logits(model))
+    to_gqa(model, 1)
+    assert [layers[i].num_key_value_heads for i in (0, 1)] == [1, 1]
+
+
+def test_numbers_that_the_code_derives() -> None:
+    """MiMo-V2-Flash's window layers have twice the heads that its config names."""
+    kinds = ["full_attention", "sliding_attention"]
+    model = make("mimo_v2_flash", num_key_value_heads=6, n_routed_experts=4, layer_types=kinds)
+    plan = plan_gqa(type(model), model.config, 2)
+    assert [(layer.heads, layer.new_heads) for layer in plan.layers] == [(6, 2), (12, 4)]
+
+
+def test_a_failure_changes_nothing() -> None:
+    model = make("llama")
+    model.model.layers[1].self_attn.v_proj.weight.data[3, 3] = torch.nan
+    check_refused(model, r"layers\.1\.self_attn\.v_proj\.weight holds values that are not finite")
+
+
 def test_wrong_method_is_refused() -> None:
-    with pytest.raises(ValueError, match="one of mean, first, random, got 'median'"):
+    with pytest.raises(ValueError, match="one of mean, first, random, aligned, got 'median'"):
         to_gqa(make("llama"), 4, "median")  # type: ignore[arg-type]
 
 
