@@ -26,13 +26,25 @@ def extend_context(
         The same config.
 
     Raises:
-        ValueError: If `scaling` is none of these, the model has no rotary positions, or it is
-            scaled already in another way.
+        ValueError: If `length` is no positive integer, `scaling` is none of these, the model has
+            no rotary positions, or it is scaled already in another way.
     """
     if scaling not in ("yarn", "linear", "none"):
         raise ValueError(f"RoPE scaling must be yarn, linear or none, got {scaling!r}")
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"extend_context: length must be an integer >= 1, got {length!r}")
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(
+            f"extend_context takes a model's config, got {type(config).__name__}: call it on "
+            "AutoConfig.from_pretrained(...) before the model is built from it"
+        )
     text = config.get_text_config()
-    present = text.max_position_embeddings
+    present = getattr(text, "max_position_embeddings", None)
+    if not isinstance(present, int):
+        raise ValueError(
+            f"{config.model_type} has no max_position_embeddings to extend to {length}: its "
+            "positions are not rotary ones, or have no limit"
+        )
     if length <= present:
         return config
     rope = getattr(text, "rope_parameters", None)
@@ -43,6 +55,11 @@ def extend_context(
         )
     if scaling != "none":
         rope = rope.get("full_attention", rope)
+        if "rope_type" not in rope:
+            raise ValueError(
+                f"rope_parameters of {config.model_type} name no rope_type, they hold "
+                f"{', '.join(map(str, rope))}: use scaling='none', or set rope_parameters yourself"
+            )
         if rope["rope_type"] not in ("default", scaling):
             raise ValueError(
                 f"the model's rotary positions are scaled already ({rope['rope_type']}), which "

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugin.config import LongformerConfig
-from hf_attn_plugin.methods.call import AttentionCall, attend, once, read_call, sparsify
+from hf_attn_plugin.methods.call import AttentionCall, once, read_call, sparsify
+from hf_attn_plugin.methods.window_cache import attend_in_window, mask_of_kept
+from hf_attn_plugin.ops.window_state import KeptKeys, kept_keys
 from hf_attn_plugin.patterns import PatternMask
 
 
@@ -34,22 +36,30 @@ def longformer_attention(
     Returns:
         ``[batch, q_len, heads, value_dim]`` and None.
     """
-    call = read_call("longformer", module, query, key, value, attention_mask, **kwargs)
+    kept = kept_keys(key)
+    mask = mask_of_kept(attention_mask, kept)
+    call = read_call("longformer", module, query, key, value, mask, **kwargs)
     parameters = call.parameters(LongformerConfig)
     pattern = sparsify(
         call,
         window=parameters.window,
         dilation=parameters.dilation,
         num_global_tokens=parameters.num_global_tokens,
-        global_tokens=_global_tokens(call),
+        global_tokens=_global_tokens(call, kept),
     )
-    return attend(call, pattern)
+    return attend_in_window(call, pattern, kept, parameters.num_global_tokens)
 
 
-def _global_tokens(call: AttentionCall) -> Tensor | None:
+def _global_tokens(call: AttentionCall, kept: KeptKeys | None) -> Tensor | None:
     mask = call.extra.get("global_attention_mask")
     if mask is None:
         return None
+    if kept is not None and kept.start > 0:
+        raise ValueError(
+            "global_attention_mask may name tokens that the cache has dropped: it keeps what the "
+            "window sees, unless every call since the first names global tokens. Do so, or pass "
+            "past_key_values=DynamicCache(), which keeps all tokens."
+        )
     if not isinstance(mask, Tensor):
         raise ValueError(f"global_attention_mask must be a tensor; got a {type(mask).__name__}.")
     if mask.ndim != 2 or mask.shape[1] != call.pattern.kv_len:

@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_attn_plugin.config import SlidingWindowConfig
-from hf_attn_plugin.methods.call import attend, read_call, sparsify
+from hf_attn_plugin.methods.call import read_call, sparsify
+from hf_attn_plugin.methods.window_cache import attend_in_window, mask_of_kept
+from hf_attn_plugin.ops.window_state import kept_keys
 from hf_attn_plugin.patterns import PatternMask
 
 
@@ -34,7 +36,9 @@ def sliding_window_attention(
     Returns:
         ``[batch, q_len, heads, value_dim]`` and None.
     """
-    call = read_call("sliding_window", module, query, key, value, attention_mask, **kwargs)
+    kept = kept_keys(key)
+    mask = mask_of_kept(attention_mask, kept)
+    call = read_call("sliding_window", module, query, key, value, mask, **kwargs)
     parameters = call.parameters(SlidingWindowConfig)
     window = parameters.window
     if window is None:
@@ -46,4 +50,4 @@ def sliding_window_attention(
         window=window or SlidingWindowConfig.DEFAULT_WINDOW,
         num_sink_tokens=parameters.num_sink_tokens,
     )
-    return attend(call, pattern)
+    return attend_in_window(call, pattern, kept, parameters.num_sink_tokens)
