@@ -41,16 +41,22 @@ def pack_documents(
         the first token of every document, so that no token is predicted from another document.
 
     Raises:
-        ValueError: If `length` is below 2 (at once), or a document is empty (when it is reached).
+        ValueError: If `length` is no integer from 2 on (at once), or a document is empty or
+            something else than token ids (when it is reached).
     """
-    if length < 2:
-        raise ValueError(f"length must be at least 2 tokens, got {length}")
+    _check_length(length)
     return _pack(documents, length)
+
+
+def _check_length(length: int) -> None:
+    if isinstance(length, bool) or not isinstance(length, int) or length < 2:
+        raise ValueError(f"length must be at least 2 tokens, got {length!r}")
 
 
 def _pack(documents: Iterable[Sequence[int]], length: int) -> Iterator[dict[str, list[int]]]:
     row: dict[str, list[int]] = {"input_ids": [], "position_ids": [], "labels": []}
-    for number, document in enumerate(documents):
+    for number, given in enumerate(documents):
+        document = _token_ids(given, number)
         if len(document) == 0:
             raise ValueError(
                 f"document {number} is empty: a document needs at least one token, "
@@ -68,6 +74,18 @@ def _pack(documents: Iterable[Sequence[int]], length: int) -> Iterator[dict[str,
                 row = {"input_ids": [], "position_ids": [], "labels": []}
 
 
+def _token_ids(document: Any, number: int) -> Sequence[int]:
+    """A document as plain integers; arrays and tensors are taken too."""
+    ids = document.tolist() if hasattr(document, "tolist") else document
+    plain = isinstance(ids, Sequence) and not isinstance(ids, str | bytes)
+    if not plain or any(isinstance(i, bool) or not isinstance(i, int) for i in ids[:1]):
+        raise ValueError(
+            f"document {number} must be one row of token ids, got {type(document).__name__} "
+            f"{ids!r:.40}: tokenize it first, pack_texts does that too"
+        )
+    return ids
+
+
 def collate_packed(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Stack packed rows into a batch; a `data_collator` for transformers' Trainer.
 
@@ -78,16 +96,25 @@ def collate_packed(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         `input_ids`, `position_ids` and `labels`, each int64 `[rows, length]`, and nothing else.
 
     Raises:
-        ValueError: If a row lacks one of the three. Trainer takes away the columns that the
-            model's `forward` does not name, and without `position_ids` documents would mix.
+        ValueError: If there is no row, rows differ in length, or a row lacks one of the three:
+            Trainer takes away the columns that the model's `forward` does not name, and without
+            `position_ids` documents would mix.
     """
     keys = ("input_ids", "position_ids", "labels")
+    if not rows:
+        raise ValueError("collate_packed needs at least one row, got none")
     missing = [key for key in keys if any(key not in row for row in rows)]
     if missing:
         raise ValueError(
             f"packed rows need {', '.join(keys)}, but {', '.join(missing)} is missing. Trainer "
             "removes what the model's forward() does not name: such a model cannot keep packed "
             "documents apart, train it on one document per row instead"
+        )
+    lengths = sorted({len(row[key]) for row in rows for key in keys})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"packed rows must all have one length, got {', '.join(map(str, lengths))} tokens: "
+            "pack documents into rows with pack_documents or pack_texts, which leave no gaps"
         )
     return {
         key: torch.stack([torch.as_tensor(row[key], dtype=torch.int64) for row in rows])
@@ -168,8 +195,14 @@ def load_texts(
     datasets = _import_datasets()
     if bool(files) == (dataset is not None):
         raise ValueError("give either text files or a dataset, not both and not neither")
+    if isinstance(files, str | Path):
+        raise ValueError(
+            f"files must be a list of paths, got {str(files)!r}: write [{str(files)!r}]"
+        )
     if dataset is None:
         for file in files:
+            if not Path(file).is_file():
+                raise FileNotFoundError(f"there is no text file {file}")
             if Path(file).stat().st_size == 0:
                 raise ValueError(f"{file} is empty: a document needs at least one token")
         return datasets.load_dataset(
@@ -213,10 +246,16 @@ def pack_texts(
         ImportError: If `datasets` is not installed.
     """
     datasets = _import_datasets()
+    _check_length(length)
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of strings or a dataset, got one string: [text]")
     if not isinstance(texts, datasets.Dataset):
         texts = datasets.Dataset.from_dict({"text": list(texts)})
-    if length < 2:
-        raise ValueError(f"length must be at least 2 tokens, got {length}")
+    if "text" not in texts.column_names:
+        raise ValueError(
+            f"the dataset has no column 'text', only {', '.join(texts.column_names)}: load it with "
+            "load_texts, or rename its column"
+        )
 
     documents = texts.map(
         _tokenize,

@@ -30,6 +30,7 @@ from hf_attn_plugin import FlashConfig, LongformerConfig, SlidingWindowConfig, S
 from hf_attn_plugin.convert import extend_context
 from hf_attn_plugin.data import TextArguments, collate_packed
 from hf_attn_plugin.training import last_checkpoint
+from hf_attn_plugin.verification import VerifyCallback
 
 METHODS = {m.name: m for m in (FlashConfig, LongformerConfig, SlidingWindowConfig, StridedConfig)}
 PARAMETERS = ("window", "num_sink_tokens", "num_global_tokens", "dilation", "stride")
@@ -49,6 +50,9 @@ class Arguments(TextArguments, TrainingArguments):
     dilation: int | None = None
     stride: int | None = None
     rope_scaling: str = field(default="yarn", metadata={"help": "yarn, linear or none"})
+    verify: bool = field(
+        default=False, metadata={"help": "compare attention with eager on the first batch"}
+    )
     lora: bool = True
     lora_rank: int = 16
     modules_to_save: list[str] | None = field(
@@ -98,6 +102,7 @@ def main() -> None:
         data_collator=collate_packed,
         train_dataset=rows["train"],
         eval_dataset=rows["test"],
+        callbacks=[VerifyCallback()] if args.verify else None,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     metrics = trainer.evaluate()

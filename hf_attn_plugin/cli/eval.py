@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_attn_plugin.config import METHOD_CONFIGS, MethodConfig, parse_parameters
+from hf_attn_plugin.cli.loading import check_model_path
+from hf_attn_plugin.cli.method_options import add_method_options, method_parameters
 from hf_attn_plugin.lm_eval.names import check_implementation
 from hf_attn_plugin.lm_eval.run import NeedleGrid
 
 HELP = "evaluate a model with lm-eval under an attention chosen by name"
 PASS_THROUGH = True
+_FIGURES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,22 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--heatmap", metavar="FILE", type=Path, help="draw the needle grid of niah, as PNG or SVG"
     )
-    methods: dict[str, list[str]] = {}
-    types: dict[str, type] = {}
-    for name, cls in METHOD_CONFIGS.items():
-        for field, kind in _parameters(cls).items():
-            methods.setdefault(field, []).append(name)
-            types[field] = kind
-    group = parser.add_argument_group("parameters of the methods")
-    for field, names in methods.items():
-        option = "--" + field.replace("_", "-")
-        text = f"for {', '.join(names)}"
-        if types[field] is bool:
-            group.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            group.add_argument(
-                option, type=types[field], metavar=types[field].__name__.upper(), help=text
-            )
+    add_method_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,6 +47,9 @@ def run(args: argparse.Namespace) -> int:
             "lm-eval model, use python -m hf_attn_plugin.lm_eval run --model …"
         )
     check_implementation(args.attn)
+    check_model_path(args.model)
+    if args.heatmap is not None:
+        _check_heatmap(args.heatmap, args.rest)
     model_args: dict[str, Any] = {"pretrained": args.model}
     if args.attn is not None:
         model_args["attn_implementation"] = args.attn
@@ -72,6 +60,28 @@ def run(args: argparse.Namespace) -> int:
         model_args["decode_continuation"] = args.decode_continuation
     arguments = ["run", "--model", "hf-attn", "--model_args", json.dumps(model_args)]
     return run_and_report([*arguments, *args.rest], args.heatmap)
+
+
+def _check_heatmap(path: Path, rest: Sequence[str]) -> None:
+    """Refuse before the evaluation what could not be drawn after it."""
+    if path.suffix not in _FIGURES:
+        raise ValueError(
+            f"--heatmap writes {', '.join(_FIGURES)} files, told by their ending; got {path}."
+        )
+    words = [word for option in rest for word in option.split("=", 1)]
+    after = [index + 1 for index, word in enumerate(words) if word in ("--tasks", "-t")]
+    tasks: set[str] = set()
+    for start in after:
+        for word in words[start:]:
+            if word.startswith("-"):
+                break
+            tasks.update(word.split(","))
+    if after and "niah" not in tasks:
+        named = ", ".join(sorted(tasks)) or "none"
+        raise ValueError(
+            f"--heatmap draws the task niah, and --tasks names {named}: "
+            "add niah to --tasks, or leave --heatmap out."
+        )
 
 
 def run_and_report(arguments: Sequence[str], heatmap: Path | None = None) -> int:
@@ -97,36 +107,3 @@ def run_and_report(arguments: Sequence[str], heatmap: Path | None = None) -> int
         attn = results["config"].get("attn_implementation", "")
         print(needle_heatmaps({attn: NeedleGrid.from_samples(results["samples"]["niah"])}, heatmap))
     return 0
-
-
-def method_parameters(args: argparse.Namespace) -> MethodConfig | None:
-    """The chosen method's parameters, or None when none were given.
-
-    Raises:
-        ValueError: An option belongs to another method, or its value is out of range.
-    """
-    fields = {field for cls in METHOD_CONFIGS.values() for field in _parameters(cls)}
-    given = {field: value for field in fields if (value := getattr(args, field)) is not None}
-    if not given:
-        return None
-    cls = METHOD_CONFIGS.get(args.attn)
-    valid = list(_parameters(cls)) if cls is not None else []
-    wrong = sorted("--" + field.replace("_", "-") for field in set(given) - set(valid))
-    if cls is None or wrong:
-        options = ", ".join("--" + field.replace("_", "-") for field in valid) or "none"
-        raise ValueError(
-            f"{', '.join(wrong)}: not a parameter of {args.attn or 'the model as it is'} "
-            f"(its parameters: {options}). Choose the method with --attn, one of "
-            f"{', '.join(METHOD_CONFIGS)}."
-        )
-    return parse_parameters(cls, given)
-
-
-def _parameters(cls: type[MethodConfig]) -> dict[str, type]:
-    """Names and types of a method's parameters, without the ``| None`` of those with a default."""
-    hints = typing.get_type_hints(cls)
-    found: dict[str, type] = {}
-    for field in dataclasses.fields(cls):
-        kinds = [kind for kind in typing.get_args(hints[field.name]) if kind is not type(None)]
-        found[field.name] = kinds[0] if kinds else hints[field.name]
-    return found

@@ -13,7 +13,11 @@ COMMANDS = {
     "quickstart": "hf_attn_plugin.cli.quickstart",
     "show": "hf_attn_plugin.cli.show",
     "convert-gqa": "hf_attn_plugin.cli.convert_gqa",
+    "convert-long": "hf_attn_plugin.cli.convert_long",
     "eval": "hf_attn_plugin.cli.eval",
+    "sweep": "hf_attn_plugin.cli.sweep",
+    "verify": "hf_attn_plugin.cli.verify",
+    "doctor": "hf_attn_plugin.cli.doctor",
     "list": "hf_attn_plugin.cli.list",
 }
 

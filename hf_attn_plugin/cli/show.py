@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the picture."""
     from hf_attn_plugin.patterns.picture import show_pattern
 
+    if args.png and not args.png.endswith((".png", ".svg", ".pdf")):
+        raise ValueError(f"--png writes .png, .svg or .pdf, told by the ending; got {args.png}.")
     pattern = _pattern(args)
     words = [args.method] + [f"{k}={getattr(args, k)}" for k in METHODS[args.method]]
     print(show_pattern(pattern, args.png, title=" ".join(words)))

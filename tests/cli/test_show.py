@@ -3,6 +3,7 @@
 import pytest
 
 from hf_attn_plugin.cli.main import main
+from hf_attn_plugin.config import METHOD_CONFIGS
 
 
 def test_longformer(capsys) -> None:
@@ -49,4 +50,4 @@ def test_refusals(line: str, message: str, capsys) -> None:
 def test_list_names_every_method(capsys) -> None:
     assert main(["list"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == ["flash", "sliding_window", "longformer", "strided", "sparq"]
+    assert names == list(METHOD_CONFIGS)

@@ -1,0 +1,193 @@
+"""One call of an attention function beside eager attention in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from hf_attn_plugin.integrations.attention_calls import InterfaceCall
+from hf_attn_plugin.methods import METHODS
+from hf_attn_plugin.verification.expected import ExpectedPairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How far a result is from the truth; the fields are those of `LayerCheck`."""
+
+    max_abs_error: float
+    relative_error: float
+    budget: float | None
+    ok: bool
+    detail: str = ""
+
+
+def compare_output(
+    call: InterfaceCall,
+    reference: InterfaceCall,
+    output: Tensor,
+    pairs: ExpectedPairs,
+    approximate: bool,
+) -> Comparison:
+    """Judge the output of a call, ``[batch, q_len, heads, value_dim]``.
+
+    Args:
+        call: The call as it was made.
+        reference: The same with the keys and values that eager attention would have.
+        output: What the call returned.
+        pairs: Which of the reference's pairs should attend.
+        approximate: Whether the method is an approximation here.
+    """
+    empty = _empty_rows(pairs)
+    exact = _without(_eager(reference, pairs, torch.float64), empty)
+    plain = _without(_eager(reference, pairs, call.query.dtype), empty)
+    tried = output if call.implementation in METHODS else _without(output, empty)
+    comparison = _compare(tried, plain, exact, None if approximate else _rounding(output))
+    if comparison.ok:
+        return comparison
+    if reference is not call:
+        return dataclasses.replace(comparison, detail="over a cache that has dropped keys")
+    where = "" if approximate else _describe(call, pairs)
+    return dataclasses.replace(comparison, detail=where)
+
+
+def compare_gradients(
+    call: InterfaceCall, pairs: ExpectedPairs, approximate: bool
+) -> list[tuple[str, Comparison]]:
+    """Judge the gradients of query, key and value for random gradients of the output."""
+    empty = _empty_rows(pairs)
+    generator = torch.Generator().manual_seed(0)
+    batch, heads, q_len, _ = call.query.shape
+    shape = (batch, q_len, heads, call.value.shape[-1])
+    weights = torch.randn(shape, generator=generator, dtype=torch.float64)
+    weights = _without(weights.to(call.query.device), empty)
+
+    def gradients(dtype: torch.dtype | None) -> list[Tensor]:
+        leaves = [
+            tensor.detach().to(dtype or tensor.dtype).requires_grad_()
+            for tensor in (call.query, call.key, call.value)
+        ]
+        changed = dataclasses.replace(call, query=leaves[0], key=leaves[1], value=leaves[2])
+        with torch.enable_grad():
+            output = changed.run()[0] if dtype is None else _eager(changed, pairs, dtype)
+            found = torch.autograd.grad(output, leaves, weights.to(output.dtype))
+        return [tensor.transpose(1, 2) for tensor in found]  # tokens first, as in the output
+
+    exact, plain = gradients(torch.float64), gradients(call.query.dtype)
+    result = []
+    for name, tried, same, truth in zip(
+        ("query", "key", "value"), gradients(None), plain, exact, strict=True
+    ):
+        comparison = _compare(tried, same, truth, None if approximate else _rounding(tried))
+        result.append((f"{name} gradient", comparison))
+    return result
+
+
+class _Float64(TorchFunctionMode):
+    """Runs in float64 what casts to float32 inside, as eager attention's softmax does."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+
+        def widen(x: Any) -> Any:
+            return torch.float64 if x is torch.float32 else x
+
+        return func(*tree_map(widen, args), **tree_map(widen, kwargs or {}))
+
+
+def _eager(call: InterfaceCall, pairs: ExpectedPairs, dtype: torch.dtype) -> Tensor:
+    """The family's own eager attention of this call in ``dtype``."""
+    assert call.eager is not None
+    tensors = [tensor.to(dtype) for tensor in (call.query, call.key, call.value)]
+    arguments = (call.module, *tensors, pairs.additive(dtype))
+    if dtype is not torch.float64:
+        output: Tensor = call.eager(*arguments, **call.kwargs)[0]
+        return output
+    with torch.autocast(call.query.device.type, enabled=False), _Float64():
+        exact: Tensor = call.eager(*arguments, **call.kwargs)[0]
+        return exact
+
+
+def _empty_rows(pairs: ExpectedPairs) -> Tensor:
+    """Queries that see nothing, bool ``[batch or 1, q_len, heads or 1, 1]``: their output is 0.
+
+    (Eager attention averages over all values there, which nobody reads.)
+    """
+    return ~pairs.allowed.any(-1).transpose(1, 2)[..., None]
+
+
+def _without(output: Tensor, empty: Tensor) -> Tensor:
+    return output.masked_fill(empty, 0.0)
+
+
+def _rounding(tensor: Tensor) -> float:
+    """The floor of the budget. Half-precision results are sums in float32 that are rounded once."""
+    eps = torch.finfo(tensor.dtype).eps
+    return eps if tensor.element_size() < 4 else 8 * eps
+
+
+def _compare(tried: Tensor, plain: Tensor, exact: Tensor, rounding: float | None) -> Comparison:
+    """Errors of whole tokens, all heads together: single elements are too small a sample.
+
+    Args:
+        tried: ``[batch, tokens, heads, dim]``, to be judged.
+        plain: The same from eager attention in the same dtype.
+        exact: The same in float64.
+        rounding: The floor of the budget; None for approximations, which have no budget.
+    """
+    norms = exact.flatten(2).norm(dim=-1)
+    scale = float(norms.max()) if norms.numel() else 0.0
+    scale = scale or 1.0
+    error = tried.double() - exact
+    per_token = error.flatten(2).norm(dim=-1)
+    finite = bool(torch.isfinite(tried).all())
+    relative = float(per_token.max()) / scale if per_token.numel() else 0.0
+    largest = float(error.abs().max()) if error.numel() else 0.0
+    if rounding is None:
+        return Comparison(largest, relative, None, finite, "" if finite else "not finite")
+    own = (plain.double() - exact).flatten(2).norm(dim=-1)
+    budget = 2 * float(own.max()) / scale + rounding if own.numel() else rounding
+    ok = finite and relative <= budget
+    row, token = divmod(int(per_token.argmax()), max(per_token.shape[1], 1)) if not ok else (0, 0)
+    return Comparison(
+        largest, relative, budget, ok, "" if ok else f"largest at row {row}, token {token}"
+    )
+
+
+def _describe(call: InterfaceCall, pairs: ExpectedPairs) -> str:
+    """What is different: the pairs that attend, or the scores.
+
+    Queries of zeros weigh all the pairs that a function lets attend alike, and values that are the
+    rows of an identity matrix show these weights: so the pattern is read off from outside.
+    """
+    kv_len = call.key.shape[2]
+    columns = []
+    for start in range(0, kv_len, 64):
+        value = torch.zeros_like(call.value[..., :1]).expand(-1, -1, -1, min(64, kv_len - start))
+        value = value.clone()
+        index = torch.arange(value.shape[-1], device=value.device)
+        value[:, :, start + index, index] = 1
+        output = call.run(query=torch.zeros_like(call.query), value=value)[0]
+        columns.append(output != 0)
+    seen = torch.cat(columns, -1).transpose(1, 2)  # [batch, heads, q_len, kv_len]
+    expected = pairs.allowed.expand_as(seen)
+    if call.implementation not in METHODS:
+        seen = seen & expected.any(-1, keepdim=True)
+    more, fewer = (seen & ~expected).any(1), (expected & ~seen).any(1)
+    if not bool(more.any() | fewer.any()):
+        return "the right pairs attend, the numbers differ (scaling, softcap, sinks, precision)"
+    words = []
+    for wrong, what in ((more, "attends to {} pairs too many"), (fewer, "misses {} pairs")):
+        if bool(wrong.any()):
+            row, query, key = (int(i) for i in wrong.nonzero()[0])
+            words.append(
+                f"{what.format(int(wrong.sum()))}, first row {row}: query {query} → key {key}"
+            )
+    return "; ".join(words)

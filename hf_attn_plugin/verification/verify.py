@@ -1,0 +1,340 @@
+"""Every attention layer's output beside eager attention's, on the user's own batch."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_attn_plugin.integrations.attention_calls import (
+    Handler,
+    InterfaceCall,
+    eager_names,
+    intercept_attention,
+)
+from hf_attn_plugin.methods import METHODS
+from hf_attn_plugin.verification.batches import DecodingBatch, example_batches
+from hf_attn_plugin.verification.compare import compare_gradients, compare_output
+from hf_attn_plugin.verification.expected import (
+    Tokens,
+    expected_pairs,
+    is_approximate,
+    read_tokens,
+)
+from hf_attn_plugin.verification.report import LayerCheck, VerifyReport
+
+
+def verify(
+    model: nn.Module,
+    batch: Mapping[str, Any] | Tensor | None = None,
+    *,
+    gradients: bool = False,
+    length: int | None = None,
+    seed: int = 0,
+) -> VerifyReport:
+    """Compare every attention layer's output with eager attention's under the same pattern.
+
+    The model runs once as it is. Each layer's queries, keys and values, as they come to it, also go
+    through the family's own eager attention (softcap, sinks and scaling as the model defines them)
+    in float64, under the mask that transformers makes for eager attention in this call, with packed
+    documents kept apart and the method's written definition drawn over it. So a layer is judged by
+    itself, whatever the layers before it did. The time and memory are those of eager attention,
+    quadratic in the length; torch.compile is off meanwhile. Parameters, gradients, random state and
+    a cache in the batch stay as they are.
+
+    Methods that are approximations (``sparq`` and other decoding methods in a decoding step,
+    ``linear``) have their error reported and need only be finite.
+
+    Args:
+        model: A transformers model, with its ``attn_implementation`` set; wrappers such as PEFT's
+            may be around it. Its mode (training or not) stays as it is.
+        batch: What the model is called with; a tensor is taken for ``input_ids``. None makes
+            batches of random tokens: unpadded, padded on either side, packed, and a decoding step.
+        gradients: Compare the gradients of queries, keys and values too, for random gradients of
+            the output.
+        length: Tokens per row of batches made here (default: 128, or what the model takes).
+        seed: Of these tokens.
+
+    Returns:
+        The report; ``report.raise_if_different()`` raises where a layer is out of its budget, which
+        is twice the error of eager attention in the same dtype, and a floor for rounding.
+
+    Raises:
+        ValueError: The model's attention does not go through transformers' interface, or the batch
+            is none. What the method itself refuses is raised as in any forward pass.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise ValueError(f"verify() takes a transformers model; got a {type(model).__name__}.")
+    if isinstance(batch, Tensor):
+        batch = {"input_ids": batch}
+    if batch is None:
+        batches, notes = example_batches(model, length=length, seed=seed)
+        return verify_batches(model, batches, gradients=gradients, notes=notes)
+    if not isinstance(batch, Mapping) or not batch:
+        raise ValueError(
+            "verify() takes a batch as the model's forward does, a dictionary of tensors such as "
+            f"{{'input_ids': ...}}, or a tensor of input_ids; got {type(batch).__name__}."
+        )
+    if length is not None:
+        raise ValueError("verify(): length is for batches made here; it does not cut yours.")
+    return verify_batches(model, {"batch": batch}, gradients=gradients)
+
+
+def verify_batches(
+    model: nn.Module,
+    batches: Mapping[str, Mapping[str, Any] | DecodingBatch],
+    *,
+    gradients: bool = False,
+    notes: tuple[str, ...] = (),
+) -> VerifyReport:
+    """`verify` on several batches, in one report.
+
+    Args:
+        model: As in `verify`.
+        batches: Names and batches; `DecodingBatch` judges a step over the cache of a prompt.
+        gradients: As in `verify`.
+        notes: What the report is to say besides.
+
+    Returns:
+        The report over all batches.
+
+    Raises:
+        ValueError: As `verify`.
+    """
+    checks: list[LayerCheck] = []
+    called: set[str] = set()
+    sparse: dict[str, bool] = {}  # method: whether it left out any pair so far
+    for name, batch in batches.items():
+        run = _Verification(model, name, batch, gradients)
+        checks += run.checks()
+        called |= run.called
+        for method, left_out in run.left_out.items():
+            sparse[method] = sparse.get(method, False) or left_out
+    notes += tuple(
+        f"{method} left out no pair in these batches: its window reaches over all of them, so its "
+        "pattern was not put to the test; give longer ones"
+        for method, left_out in sparse.items()
+        if not left_out
+    )
+    idle = [name for name, module in _attention_modules(model).items() if name not in called]
+    if idle:
+        notes += (
+            f"{len(idle)} attention modules were not called by these batches "
+            f"({', '.join(idle[:3])}{', …' if len(idle) > 3 else ''}): nothing is known of them",
+        )
+    return VerifyReport(tuple(checks), notes)
+
+
+def _attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The innermost modules that look like attention."""
+    marked = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "is_causal") and hasattr(module, "config")
+    }
+    return {
+        name: module
+        for name, module in marked.items()
+        if not any(other.startswith(f"{name}.") for other in marked)
+    }
+
+
+_SPARSE = ("sliding_window", "longformer", "strided")
+# Made from the labels where a batch has none of its own, so that these must stay.
+_NOT_NEEDED = ("labels", "num_items_in_batch", "shift_labels")
+
+
+class _Verification:
+    """One batch: a pass that collects eager's masks, and one in which every call is judged."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        batch: Mapping[str, Any] | DecodingBatch,
+        gradients: bool,
+    ) -> None:
+        self.model, self.name, self.gradients = model, name, gradients
+        self.device = next(model.parameters()).device
+        config: Any = model.config
+        self.seq2seq = bool(getattr(config, "is_encoder_decoder", False))
+        self.prompt: dict[str, Any] | None = None
+        past = 0
+        if isinstance(batch, DecodingBatch):
+            self.prompt = self._moved(batch.prompt)
+            past, batch = self.prompt["input_ids"].shape[1], batch.step
+        self.batch = self._moved(batch)
+        cache = self.batch.get("past_key_values")
+        past = past if cache is None else int(cache.get_seq_length())
+        self.tokens: Tokens | None = None if self.seq2seq else read_tokens(self.batch, past)
+        self.names = {id(module): path for path, module in model.named_modules()}
+        self.called: set[str] = set()
+        self.left_out: dict[str, bool] = {}
+        self._masks: dict[int, list[tuple[Any, int]]] = collections.defaultdict(list)
+        self._prompt_keys: dict[int, tuple[Tensor, Tensor]] = {}
+        self._seen: collections.Counter[int] = collections.Counter()
+        self._found: list[LayerCheck] = []
+
+    def checks(self) -> list[LayerCheck]:
+        """Run both passes."""
+        try:
+            with eager_names(self.model):
+                self._forward(self._collect_mask, _compute_nothing)
+        except ValueError as error:
+            if self.batch.get("past_key_values") is None:
+                raise
+            raise ValueError(
+                f"verify(): eager attention cannot go on with the cache in the batch ({error}) "
+                "Fill a cache that keeps all tokens, past_key_values=DynamicCache(), or let "
+                "verify(model) make a decoding step of its own."
+            ) from error
+        self._forward(self._judge, self._keep_prompt)
+        if not self._found:
+            raise ValueError(
+                f"{type(self.model).__name__} made no attention call through transformers' "
+                "interface, so there is no eager attention to compare with: its family computes "
+                "attention by itself and ignores attn_implementation. Nothing of this package "
+                "takes part in it; use a family that goes through the interface (Llama, Mistral, "
+                "Qwen, Gemma, BERT, ...)."
+            )
+        return self._found
+
+    def _moved(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {k: v for k, v in batch.items() if self.seq2seq or k not in _NOT_NEEDED}
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kept.items()}
+
+    def _forward(self, handler: Handler, prompt_handler: Handler) -> None:
+        """Run the batch, after its prompt if there is one."""
+        batch, modules = dict(self.batch), list(self.model.modules())
+        if batch.get("past_key_values") is not None:
+            batch["past_key_values"] = copy.deepcopy(batch["past_key_values"])
+        with (
+            torch.no_grad(),
+            _random_state(self.device),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            if self.prompt is not None:
+                with intercept_attention(modules, prompt_handler):
+                    output = self.model(**self.prompt, use_cache=True)
+                batch["past_key_values"] = output.past_key_values
+            with intercept_attention(modules, handler):
+                self.model(**batch)
+
+    def _collect_mask(self, call: InterfaceCall) -> tuple[Tensor, None]:
+        self._masks[id(call.module)].append((call.mask, call.query.shape[2]))
+        return _compute_nothing(call)
+
+    def _keep_prompt(self, call: InterfaceCall) -> tuple[Tensor, Any]:
+        """All keys and values of the prompt: the method's cache may drop some of them."""
+        self._prompt_keys[id(call.module)] = (call.key, call.value)
+        return call.run()
+
+    def _with_all_keys(self, call: InterfaceCall, kv_len: int) -> InterfaceCall:
+        """The call with the keys that eager attention would have, ``kv_len`` of them."""
+        kept = self._prompt_keys.get(id(call.module))
+        if call.key.shape[2] == kv_len:
+            return call
+        if kept is None:
+            raise ValueError(
+                f"verify(): the cache in the batch holds {call.key.shape[2]} of {kv_len} tokens at "
+                f"{self.names[id(call.module)]}, so eager attention cannot be computed over it. "
+                "Fill it from the start: verify(model) makes a decoding step of its own."
+            )
+        new = call.query.shape[2]
+        first = kept[0].shape[2] + new - kv_len
+        key, value = (
+            torch.cat([old[:, :, first:], held[:, :, -new:]], 2)
+            for old, held in zip(kept, (call.key, call.value), strict=True)
+        )
+        return dataclasses.replace(call, key=key, value=value)
+
+    def _judge(self, call: InterfaceCall) -> tuple[Tensor, Any]:
+        if call.implementation not in METHODS and call.kwargs.get("dropout"):
+            call = dataclasses.replace(call, kwargs={**call.kwargs, "dropout": 0.0})
+        result = call.run()
+        path = self.names[id(call.module)]
+        self.called.add(path)
+        if call.eager is None:
+            raise ValueError(
+                f"{type(call.module).__name__} names no eager attention beside "
+                f"attn_implementation={call.implementation!r}, so there is nothing to compare with."
+            )
+        q_len, kv_len = call.query.shape[2], call.key.shape[2]
+        mask = self._eager_mask(call)
+        if self.prompt is not None and mask is not None:
+            kv_len = mask.shape[-1]
+        reference = self._with_all_keys(call, kv_len)
+        pairs = expected_pairs(
+            call.implementation,
+            call.module,
+            mask,
+            self.tokens,
+            q_len,
+            kv_len,
+            call.query.device,
+            _is_causal(call),
+        )
+        if call.implementation in _SPARSE:
+            before = self.left_out.get(call.implementation, False)
+            self.left_out[call.implementation] = before or pairs.left_out
+        approximate = is_approximate(call.implementation, q_len, kv_len)
+        comparisons = [("output", compare_output(call, reference, result[0], pairs, approximate))]
+        if self.gradients and q_len > 1 and reference is call:
+            comparisons += compare_gradients(call, pairs, approximate)
+        for quantity, comparison in comparisons:
+            self._found.append(
+                LayerCheck(
+                    batch=self.name,
+                    name=path,
+                    layer_idx=getattr(call.module, "layer_idx", None),
+                    method=call.implementation,
+                    quantity=quantity,
+                    **dataclasses.asdict(comparison),
+                )
+            )
+        return result
+
+    def _eager_mask(self, call: InterfaceCall) -> Tensor | None:
+        """The mask of the same call in the eager pass."""
+        key = id(call.module)
+        masks, index = self._masks[key], self._seen[key]
+        self._seen[key] += 1
+        q_len = call.query.shape[2]
+        if index < len(masks) and masks[index][1] == q_len:
+            mask: Tensor | None = masks[index][0]
+            return mask
+        lengths = [length for _, length in masks]
+        if all(mask is None for mask, _ in masks) and sum(lengths) == q_len == call.key.shape[2]:
+            # Image by image under eager, all at once under names with "flash" in them.
+            number = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+            same: Tensor = number[:, None] == number[None, :]
+            return same[None, None].to(call.query.device)
+        raise ValueError(
+            f"{self.names[key]} attends from {q_len} queries under {call.implementation!r} and "
+            f"from {lengths} under eager attention: the two cannot be compared call by call."
+        )
+
+
+def _compute_nothing(call: InterfaceCall) -> tuple[Tensor, None]:
+    # Masks do not depend on what attention returns.
+    batch, heads, q_len, _ = call.query.shape
+    return call.query.new_zeros(batch, q_len, heads, call.value.shape[-1]), None
+
+
+def _is_causal(call: InterfaceCall) -> bool:
+    causal = call.kwargs.get("is_causal")
+    return bool(getattr(call.module, "is_causal", True) if causal is None else causal)
+
+
+@contextlib.contextmanager
+def _random_state(device: torch.device) -> Iterator[None]:
+    """Random numbers drawn inside (dropout in training mode) are not missing afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield

@@ -1,0 +1,1 @@
+"""Inputs that cannot be honoured, and what is said to each: `python -m tests.bad_inputs`."""

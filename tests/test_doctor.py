@@ -1,0 +1,204 @@
+"""`hf-attn doctor`: what it says is what then happens, and no weights are needed for it."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import random_ids, tiny_config, tiny_model
+
+import hf_attn_plugin
+from hf_attn_plugin import SlidingWindowConfig, SparQConfig, count_reads
+from hf_attn_plugin.cli.main import main
+from hf_attn_plugin.doctor import examine, packages
+from hf_attn_plugin.doctor.environment import SUPPORTED
+
+LENGTH = 96
+
+
+def save_config(folder: Path, family: str, architecture: str, **overrides: Any) -> str:
+    """A folder with a config and nothing else."""
+    config = tiny_config(family, **overrides)
+    config.architectures = [architecture]
+    config.save_pretrained(folder)
+    assert not list(folder.glob("*.safetensors"))
+    return str(folder)
+
+
+def examine_json(capsys: pytest.CaptureFixture[str], *line: str) -> dict[str, Any]:
+    status = main(["doctor", *line, "--json"])
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert status == (0 if report["ok"] else 1)
+    return report
+
+
+def rows_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["method"]: row for row in report["model"]["cache"]}
+
+
+def test_versions_are_those_of_pyproject() -> None:
+    pyproject = Path(__file__).parent.parent / "pyproject.toml"
+    project = tomllib.loads(pyproject.read_text())["project"]
+    lines = [*project["dependencies"]]
+    for extra in ("train", "eval", "plot"):
+        lines += project["optional-dependencies"][extra]
+    named = {"python": project["requires-python"]}
+    for line in lines:
+        name, mark, version = line.partition(">=")
+        named[name] = mark + version
+    assert {name: named[name] for name in SUPPORTED} == SUPPORTED
+    assert {package.name for package in packages() if package.ok} >= {"python", "torch"}
+
+
+def test_a_version_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SUPPORTED, "torch", ">=9")
+    monkeypatch.setitem(SUPPORTED, "no-such-package", ">=1")
+    report = examine()
+    assert not report.ok
+    assert "NOT SUPPORTED" in str(report)
+    assert [package.ok for package in report.packages if package.name == "no-such-package"] == [
+        None
+    ]
+
+
+def test_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert f"torch         {torch.__version__}" in text
+    assert ("no GPU" in text) is not torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        SparQConfig(rank=2, top_k=16),
+        SparQConfig(rank=2, top_k=16, key_copy="none"),
+        SlidingWindowConfig(24, num_sink_tokens=2),
+    ],
+)
+def test_bytes_read_are_those_of_a_real_decoding_step(
+    family: str, parameters: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model(family, parameters.name)
+    hf_attn_plugin.configure(model, parameters)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    report = examine_json(capsys, str(tmp_path), "--length", str(LENGTH), "--dtype", "float32")
+    label = parameters.name
+    if isinstance(parameters, SparQConfig):
+        label = f"sparq, key copy {parameters.key_copy}"
+    row = rows_of(report)[label]
+
+    ids = random_ids(1, LENGTH)
+    with torch.no_grad(), count_reads(model) as reads:
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        model(ids[:, -1:], past_key_values=cache)
+    assert reads.decode_steps == 1
+    assert row["read"] == reads.kv_bytes_read
+    assert rows_of(report)["dense (flash, sdpa, eager)"]["read"] > row["read"]
+
+
+def test_bytes_kept_are_those_of_the_formula(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2 layers, 2 KV heads of 8, keys and values, 4 bytes; sparq has the keys twice and room."""
+    folder = save_config(tmp_path, "llama", "LlamaForCausalLM")
+    rows = rows_of(examine_json(capsys, folder, "--length", str(LENGTH)))
+    token = 2 * 2 * 8 * 4  # one of keys and values
+    assert rows["dense (flash, sdpa, eager)"]["kept"] == 2 * token * LENGTH
+    assert rows["sliding_window"]["kept"] == 2 * token * LENGTH
+    room = LENGTH - 1 + 64  # the least headroom at prefill
+    assert rows["sparq, key copy full"]["kept"] == 3 * token * room
+    assert rows["sparq, key copy none"]["kept"] < rows["sparq, key copy int4"]["kept"]
+    assert rows["sparq, key copy int4"]["kept"] < rows["sparq, key copy int8"]["kept"]
+    half = examine_json(capsys, folder, "--length", str(LENGTH), "--dtype", "bfloat16")
+    assert rows_of(half)["dense (flash, sdpa, eager)"]["kept"] == token * LENGTH
+
+
+def test_windows_and_their_backends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_config(tmp_path, "gemma2", "Gemma2ForCausalLM")
+    report = examine_json(capsys, folder, "--length", str(LENGTH))
+    narrow, full = report["model"]["backends"]
+    assert (narrow["layers"], full["layers"]) == ("0", "1")
+    assert "window 6" in narrow["kind"]
+    assert "softcap" in full["prefill_reason"]
+    dense = rows_of(report)["dense (flash, sdpa, eager)"]
+    assert dense["kept"] == 2 * 2 * 8 * 4 * (LENGTH + 6)
+    assert "softcap" in rows_of(report)["linear"]["note"]
+
+
+@pytest.mark.parametrize(
+    ("attn", "prefill", "decoding"),
+    [
+        ("flash", "SDPA, causal", "SDPA, every pair"),
+        ("sliding_window", "dense mask", "over the 9 of 96 cached keys"),
+        ("longformer", "dense mask", "over the 10 of 96 cached keys"),
+        ("sparq", "SDPA, causal", "sparq's own step"),
+        ("sdpa", "transformers' sdpa", "transformers' sdpa"),
+    ],
+)
+def test_backends_by_method(
+    attn: str, prefill: str, decoding: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_config(tmp_path, "llama", "LlamaForCausalLM")
+    window = ["--window", "9"] if attn in ("sliding_window", "longformer") else []
+    assert main(["doctor", folder, "--attn", attn, "--length", str(LENGTH), *window]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert prefill in next(line for line in lines if "prefill, training:" in line)
+    assert decoding in next(line for line in lines if "decoding:" in line)
+
+
+def test_latent_caches_are_read_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_config(
+        tmp_path, "deepseek_v3", "DeepseekV3ForCausalLM", num_key_value_heads=4, q_lora_rank=16,
+        kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, n_routed_experts=4,
+        moe_intermediate_size=16, n_group=1, topk_group=1, num_experts_per_tok=2,
+    )  # fmt: skip
+    rows = rows_of(examine_json(capsys, folder, "--length", str(LENGTH)))
+    latents = 2 * (16 + 4) * 4 * LENGTH  # layers, latent and rotary key, float32
+    assert rows["dense (flash, sdpa, eager)"]["kept"] == latents
+    assert rows["sparq, key copy full"]["read"] == latents
+    assert rows["h2o"]["read"] is None
+
+
+def test_encoders_and_encoder_decoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_config(tmp_path / "bert", "bert", "BertForMaskedLM")
+    report = examine_json(capsys, folder)
+    (backend,) = report["model"]["backends"]
+    assert backend["decoding"] is None
+    assert report["model"]["cache"] == []
+    shape = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+             "encoder_attention_heads": 4, "decoder_attention_heads": 4}  # fmt: skip
+    folder = save_config(tmp_path / "bart", "bart", "BartModel", **shape)
+    report = examine_json(capsys, folder, "--length", str(LENGTH))
+    assert len(report["model"]["backends"]) == 3
+    rows = rows_of(report)
+    assert rows["dense (flash, sdpa, eager)"]["kept"] == 2 * 2 * 32 * 4 * LENGTH
+    assert "cross-attention" in rows["sliding_window"]["note"]
+    refused = examine_json(capsys, folder, "--attn", "sliding_window", "--length", str(LENGTH))
+    assert "cross-attention" in refused["model"]["problem"]
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "message"),
+    [
+        ("bloom", "BloomForCausalLM", "computes attention by itself"),
+        ("t5", "T5Model", "position_bias"),
+    ],
+)
+def test_families_that_cannot_be_used(
+    family: str,
+    architecture: str,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = save_config(tmp_path, family, architecture)
+    report = examine_json(capsys, folder, "--length", "32")
+    assert not report["ok"]
+    assert message in report["model"]["problem"]
