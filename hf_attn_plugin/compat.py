@@ -64,3 +64,16 @@ def attention_weights_wanted() -> bool:
 
     collected = _active_collector.get()
     return bool(collected) and any("attentions" in name for name in collected)
+
+
+def recurrent_layers(config: Any) -> list[str]:
+    """The kinds of a model's layers that carry a state instead of keys and values, if any.
+
+    Read from the kind of cache that transformers keeps for each; goes when configs say it.
+    """
+    from transformers import cache_utils
+
+    kinds = dict.fromkeys(getattr(config, "layer_types", None) or ())
+    stateful = cache_utils.LinearAttentionCacheLayerMixin
+    caches = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
+    return [kind for kind in kinds if issubclass(caches.get(kind, object), stateful)]

@@ -9,8 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 sys.path.insert(0, str(Path(__file__).parent))  # `from tiny import ...`, whatever the import mode
+
+pytest_plugins = ["families.plugin"]  # pytest -m families
+
+# `with torch.device(...)` knows the functions that make tensors by identity, and remembers them
+# from its first use on: that must not be one with the fixture below in force.
+_device_constructors()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,8 @@
 
 Making a model with ``attn_implementation="flash"`` would raise, and for the models that name their
 own flash kernels (gpt-oss and others) it would quietly switch to one of these. For our names the
-check is answered here: registered, and the model's attention goes through the interface.
+check is answered here: registered, and the model's attention goes through the interface. And masks
+of chunks (Llama 4), which FlashAttention has not and `flash` has, would be refused to the name.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ import functools
 from typing import Any
 
 from hf_attn_plugin.compat import paged_names
+from hf_attn_plugin.integrations.model_source import (
+    is_language_model_without_attention,
+    uses_interface,
+)
 
+_IS_FLASH = "is_flash_attention_requested"
 _CHECK = "_check_and_adjust_attn_implementation"
 _SET = "set_attn_implementation"
 _MARK = "_hf_attn_plugin_original"
@@ -50,25 +56,47 @@ def install(names: frozenset[str]) -> None:
     ):
         setattr(wrapper, _MARK, original)
         setattr(PreTrainedModel, method, wrapper)
+    _install_for_masks(names)
+
+
+def _install_for_masks(names: frozenset[str]) -> None:
+    """In the masks' own module, our names are no FlashAttention kernel."""
+    from transformers import masking_utils
+
+    original = getattr(masking_utils, _IS_FLASH)
+
+    @functools.wraps(original)
+    def is_flash(config: Any = None, *args: Any, **kwargs: Any) -> bool:
+        if getattr(config, "_attn_implementation", None) in names:
+            return False
+        return bool(original(config, *args, **kwargs))
+
+    setattr(is_flash, _MARK, original)
+    setattr(masking_utils, _IS_FLASH, is_flash)
 
 
 def uninstall() -> None:
     """Put transformers' own methods back."""
+    from transformers import masking_utils
     from transformers.modeling_utils import PreTrainedModel
 
     for method in (_CHECK, _SET):
         original = getattr(getattr(PreTrainedModel, method), _MARK, None)
         if original is not None:
             setattr(PreTrainedModel, method, original)
+    original = getattr(getattr(masking_utils, _IS_FLASH), _MARK, None)
+    if original is not None:
+        setattr(masking_utils, _IS_FLASH, original)
 
 
 def refuse_bypassing(model_class: Any, name: str) -> None:
-    """Refuse a model class whose attention never calls the registered function.
+    """Refuse a model class in which the registered function would never be called.
 
-    Such a class accepts every name and computes its own attention, so nothing that was asked for
-    would happen.
+    Such a class accepts every name and computes its own attention, or is a language model without
+    any, so nothing that was asked for would happen. Backbones without attention (convolutions in
+    front of a transformer) are let be: a name given to the whole is not about them.
     """
-    if not _uses_interface(model_class):
+    if not uses_interface(model_class):
         raise ValueError(
             f"{model_class.__name__} computes attention by itself and ignores attn_implementation, "
             f"so {name!r} would change nothing in it. Use a model whose attention goes through "
@@ -76,8 +104,8 @@ def refuse_bypassing(model_class: Any, name: str) -> None:
             "multimodal model, name the part: attn_implementation={'text_config': "
             f"{name!r}}}."
         )
-
-
-@functools.cache
-def _uses_interface(model_class: Any) -> bool:
-    return bool(model_class._can_set_attn_implementation())
+    if is_language_model_without_attention(model_class):
+        raise ValueError(
+            f"{model_class.__name__} holds no attention, so {name!r} would change nothing in it. "
+            "Load it without attn_implementation."
+        )

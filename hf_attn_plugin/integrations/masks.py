@@ -40,7 +40,6 @@ class _Terms:
     symmetric_band: int | None = None
     documents: Tensor | None = None
     chunk: tuple[int, Tensor] | None = None
-    positions: Tensor | None = None
 
 
 def pattern_mask(
@@ -155,20 +154,31 @@ def _documents(
     device: torch.device | str,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Document numbers of queries and keys; attention chunks count as documents."""
+    if terms.documents is not None:
+        numbers = _chunks_within(terms.documents, terms) if terms.chunk else terms.documents
+        return numbers[:, :q_length], numbers  # a static cache has empty slots
     if terms.chunk is None:
-        return terms.documents, terms.documents
+        return None, None
     size, left_padding = terms.chunk
     pads = left_padding.to(device).view(-1, 1)
-    if terms.positions is not None:  # positions restart in every packed document
-        q_chunk = kv_chunk = (terms.positions - pads) // size
-    else:
-        q_chunk = (torch.arange(q_length, device=device)[None] + q_offset - pads) // size
-        kv_chunk = (torch.arange(kv_length, device=device)[None] + kv_offset - pads) // size
-    if terms.documents is None:
-        return q_chunk, kv_chunk
-    # A number above every chunk's keeps (document, chunk) pairs apart and in ascending order.
-    stride = int(max(q_chunk.max(), kv_chunk.max())) - int(min(q_chunk.min(), kv_chunk.min())) + 1
-    return terms.documents * stride + q_chunk, terms.documents * stride + kv_chunk
+    q_chunk = (torch.arange(q_length, device=device)[None] + q_offset - pads) // size
+    kv_chunk = (torch.arange(kv_length, device=device)[None] + kv_offset - pads) // size
+    return q_chunk, kv_chunk
+
+
+def _chunks_within(documents: Tensor, terms: _Terms) -> Tensor:
+    """Numbers of (document, chunk) pairs: chunks start anew in every document.
+
+    transformers < 5.23 lets them run on, so that a document packed behind another is computed
+    otherwise than alone; goes when 5.23 is the oldest supported version.
+    """
+    assert terms.chunk is not None
+    index = torch.arange(documents.shape[1], device=documents.device)
+    starts = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    pads = terms.chunk[1].to(documents.device).view(-1, 1)  # those on the left do not count
+    first = torch.maximum(torch.where(starts, index, 0).cummax(1).values, pads)
+    chunk = (index - first) // terms.chunk[0]
+    return documents * (int(chunk.max()) + 1) + chunk
 
 
 def _read(function: MaskFunction, terms: _Terms) -> bool:
@@ -192,7 +202,6 @@ def _read(function: MaskFunction, terms: _Terms) -> bool:
         terms.documents = cells["packed_sequence_mask"].to(torch.int64)
         return True
     if maker == "remap_positions_for_packed_sequence":
-        terms.positions = cells["position_ids"].to(torch.int64)
         return _read(cells["mask_function"], terms)
     if maker == "chunked_overlay":
         terms.chunk = (cells["chunk_size"], cells["left_padding"])

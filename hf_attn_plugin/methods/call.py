@@ -9,11 +9,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_attn_plugin.compat import attention_weights_wanted, update_paged_cache
+from hf_attn_plugin.compat import (
+    attention_weights_wanted,
+    recurrent_layers,
+    update_paged_cache,
+)
 from hf_attn_plugin.config import ConfigT, parameters_of
 from hf_attn_plugin.methods.counting import record
 from hf_attn_plugin.ops import attention
 from hf_attn_plugin.patterns import Pattern, PatternMask
+from hf_attn_plugin.patterns.documents import restarts
 
 T = TypeVar("T")
 
@@ -138,10 +143,17 @@ def read_call(
     )
 
 
-def attend(call: AttentionCall, pattern: Pattern) -> tuple[Tensor, None]:
+def attend(
+    call: AttentionCall, pattern: Pattern, tokens_seen: int | None = None
+) -> tuple[Tensor, None]:
     """Exact attention of a call over ``pattern``, as transformers wants it returned.
 
     A decoding step over a sparse pattern reads only the keys that its query sees.
+
+    Args:
+        call: The call.
+        pattern: Its pairs, the method's terms included.
+        tokens_seen: Tokens that dense attention would read, where the cache has dropped some.
 
     Returns:
         The output, contiguous ``[batch, q_len, heads, value_dim]``, and None for the weights.
@@ -156,9 +168,9 @@ def attend(call: AttentionCall, pattern: Pattern) -> tuple[Tensor, None]:
         else:
             key, value = key.index_select(2, index), value.index_select(2, index)
     if call.is_decoding:
-        record(
-            call.module, call.method, read=_bytes(key, value), dense=_bytes(call.key, call.value)
-        )
+        held = call.key.shape[2]
+        dense = _bytes(call.key, call.value) // held * (tokens_seen or held)
+        record(call.module, call.method, read=_bytes(key, value), dense=dense)
     else:
         record(call.module, call.method)
     output, _ = attention(
@@ -298,12 +310,32 @@ def _pattern(
     positions = extra.get("position_ids")
     if not isinstance(mask, PatternMask):  # a mask of the caller's own is the whole truth
         return pattern
-    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == q_len:
+    if isinstance(positions, Tensor) and positions.ndim in (2, 3) and positions.shape[-1] == q_len:
         made = once(
             pattern, "position_ids", (positions,), lambda: _with_restarts(pattern, positions)
         )
-        return pattern if made is None else made
+        pattern = pattern if made is None else made
+    if pattern.q_documents is not None:
+        _refuse_packed_states(method, module, extra)
     return pattern
+
+
+def _refuse_packed_states(method: str, module: nn.Module, extra: dict[str, Any]) -> None:
+    """Attention tells packed documents by their positions; recurrent layers beside it do not.
+
+    They read ``cu_seq_lens_*`` or ``seq_idx``, where transformers can keep their states apart at
+    all, and it says so itself where it cannot.
+    """
+    if extra.get("seq_idx") is not None:
+        return
+    kinds = recurrent_layers(getattr(module, "config", None))
+    if kinds:
+        raise ValueError(
+            f"attn_implementation={method!r} keeps packed documents apart, but this model also has "
+            f"{' and '.join(map(repr, kinds))} layers, whose state runs on from one document into "
+            "the next: position_ids do not tell them. Pass each document as a batch row of its "
+            "own, or cu_seq_lens_q and cu_seq_lens_k where the model takes them."
+        )
 
 
 def _pattern_of_tensor(
@@ -380,13 +412,10 @@ def _with_restarts(pattern: Pattern, positions: Tensor) -> Pattern | None:
             return None
         start = pattern.first_query - pattern.kv_offset
         valid = None if valid is None else valid[:, start : start + pattern.q_len]
-    if valid is None:
-        restarts = torch.nn.functional.pad(positions[:, 1:] <= positions[:, :-1], (1, 0))
-    else:
-        restarts = _restarts_between_valid(positions, valid)
-    if not compiling and not bool(restarts.any()):
+    starts = restarts(positions, valid)
+    if not compiling and not bool(starts.any()):
         return None
-    documents = kv_documents = restarts.to(torch.int64).cumsum(1)
+    documents = kv_documents = starts.to(torch.int64).cumsum(1)
     if empty:
         if start > 0:
             raise ValueError(
@@ -397,19 +426,6 @@ def _with_restarts(pattern: Pattern, positions: Tensor) -> Pattern | None:
         # The slots of a static cache that nothing was written to belong to no document.
         kv_documents = torch.nn.functional.pad(documents, (0, empty), value=pattern.q_len)
     return pattern.replace(q_documents=documents, kv_documents=kv_documents)
-
-
-def _restarts_between_valid(positions: Tensor, valid: Tensor) -> Tensor:
-    """Valid tokens whose position does not go on upwards from the valid token before them.
-
-    Padding may be numbered in any way. bool ``[batch, tokens]``.
-    """
-    positions, valid = torch.broadcast_tensors(positions, valid)
-    index = torch.arange(positions.shape[1], device=positions.device)
-    last_valid = torch.where(valid, index, -1).cummax(1).values
-    before = torch.nn.functional.pad(last_valid[:, :-1], (1, 0), value=-1)
-    previous = positions.gather(1, before.clamp(min=0))
-    return (positions <= previous) & valid & (before >= 0)
 
 
 def _with_lengths(pattern: Pattern, lengths_q: Tensor, lengths_k: Tensor, exact: bool) -> Pattern:

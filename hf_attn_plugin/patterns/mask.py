@@ -15,6 +15,13 @@ _NO_VALUES = (
 )
 
 
+class NoMaskValuesError(AttributeError, ValueError):
+    """A model's code wants the values of a mask that holds none.
+
+    An AttributeError, so that ``hasattr`` works as ever, and a ValueError like every refusal.
+    """
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PatternMask:
     """Stands in for a ``[batch, 1, q_len, kv_len]`` mask without holding one.
@@ -41,10 +48,10 @@ class PatternMask:
         return torch.Size((self.batch_size, 1, self.pattern.q_len, self.pattern.kv_len))
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(_NO_VALUES.format(f"asks its attention mask for {name!r}"))
+        raise NoMaskValuesError(_NO_VALUES.format(f"asks its attention mask for {name!r}"))
 
     def _refuse(self, *args: Any) -> Any:
-        raise ValueError(_NO_VALUES.format("computes with its attention mask"))
+        raise NoMaskValuesError(_NO_VALUES.format("computes with its attention mask"))
 
     # Python looks operators up on the class, past __getattr__.
     __getitem__ = __invert__ = __neg__ = __bool__ = _refuse

@@ -25,6 +25,7 @@ from hf_attn_plugin.integrations.masks import pattern_mask
 from hf_attn_plugin.methods import METHODS
 
 NAMES = ["flash", "sliding_window", "longformer", "strided", "sparq"]
+NAMES += ["exact_topk", "h2o", "lm_infinite", "linear"]
 EXTRAS = ["triton", "peft", "datasets", "accelerate", "lm_eval", "matplotlib"]
 
 

@@ -15,7 +15,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, cache_utils
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from hf_attn_plugin.integrations import attn_params, flash_name, registry, sparq_cache
+from hf_attn_plugin.integrations import (
+    attn_params,
+    flash_name,
+    h2o_cache,
+    linear_cache,
+    registry,
+    sparq_cache,
+)
 from hf_attn_plugin.methods import METHODS, call
 
 # Every keyword that models pass to the function, and what becomes of it.
@@ -173,6 +180,8 @@ def test_wrappers_go_back_to_what_was_there(registries: None) -> None:
     layer_types = cache_utils.get_layer_types_and_kwargs
     for _ in range(2):  # twice is once
         flash_name.uninstall()
+        h2o_cache.uninstall()
+        linear_cache.uninstall()
         sparq_cache.uninstall()
         attn_params.uninstall()
     assert PreTrainedModel._check_and_adjust_attn_implementation is original

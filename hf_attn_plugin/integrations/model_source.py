@@ -1,0 +1,102 @@
+"""Gap: transformers does not say which model classes call the attention interface.
+
+Its own heuristic (``_can_set_attn_implementation``) looks at a whole file: a file that calls the
+interface in one model passes for all models in it. Here the source of a class is followed through
+the classes that it builds.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+import sys
+from types import ModuleType
+from typing import Any
+
+# A class picked by the implementation's name from a table that knows only transformers' own names.
+_PICKED_BY_NAME = re.compile(r"_CLASSES\[\s*(?:\w+\.)?_?attn_implementation\s*\]")
+_OWN_ATTENTION = re.compile(r"^class \w*Attention\w*\(nn\.Module\):", re.MULTILINE)
+_ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
+_ATTENTION_CODE = re.compile(r"softmax|scaled_dot_product|MultiheadAttention|get_interface\(")
+
+
+@functools.cache
+def uses_interface(model_class: Any) -> bool:
+    """Whether the attention of a model class goes through the interface."""
+    if not model_class._can_set_attn_implementation():
+        return False
+    sources = _sources(model_class)
+    if any(_PICKED_BY_NAME.search(source) for source in sources.values()):
+        return False
+    own = [source for source in sources.values() if _OWN_ATTENTION.search(source)]
+    calls = any("get_interface(" in source for source in sources.values())
+    return calls or not own or _builds_other_families(sys.modules[model_class.__module__])
+
+
+@functools.cache
+def holds_attention(model_class: Any) -> bool:
+    """Whether a model class attends, or builds models of other families, which may."""
+    sources = _sources(model_class)
+    if not sources or any(_ATTENTION_CLASS.search(name) for name in sources):
+        return True
+    if any(_ATTENTION_CODE.search(source) for source in sources.values()):
+        return True
+    return _builds_other_families(sys.modules[model_class.__module__])
+
+
+@functools.cache
+def is_language_model_without_attention(model_class: Any) -> bool:
+    """Whether a model class reads tokens, and neither it nor what it builds attends."""
+    config = getattr(model_class, "config_class", None)
+    if config is None or not _reads_tokens(config) or getattr(config, "sub_configs", None):
+        return False
+    return not holds_attention(model_class)
+
+
+def _reads_tokens(config_class: Any) -> bool:
+    fields = getattr(config_class, "__dataclass_fields__", {})
+    return "vocab_size" in fields or "vocab_size" in inspect.signature(config_class).parameters
+
+
+def _builds_other_families(module: ModuleType) -> bool:
+    """Whether a modeling file takes classes from other families, or makes any through AutoModel."""
+    source = inspect.getsource(module)
+    return bool(re.search(r"^from \.\.\w+\.modeling_|\bAutoModel", source, re.MULTILINE))
+
+
+def _sources(model_class: Any) -> dict[str, str]:
+    """The source of every class of the file that a class refers to, by name; empty if unknown."""
+    module = sys.modules.get(model_class.__module__)
+    if module is None:
+        return {}
+    classes = _classes(module)
+    found: dict[str, str] = {}
+    waiting = [model_class.__name__]
+    while waiting:
+        name = waiting.pop()
+        if name in found or name not in classes:
+            continue
+        found[name] = classes[name]
+        waiting += re.findall(r"\b[A-Za-z_]\w*", classes[name])
+    return found
+
+
+@functools.cache
+def _classes(module: ModuleType) -> dict[str, str]:
+    """The classes and tables of a file, each with its source."""
+    try:
+        source = inspect.getsource(module)
+    except (OSError, TypeError):
+        return {}
+    found: dict[str, str] = {}
+    for node in ast.parse(source).body:
+        names = []
+        if isinstance(node, ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        for name in names:
+            found[name] = ast.get_source_segment(source, node) or ""
+    return found
