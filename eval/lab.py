@@ -39,7 +39,7 @@ from hf_attn_plugin.data import IGNORE_INDEX
 from hf_attn_plugin.lm_eval.needle import NeedleTemplate
 from hf_attn_plugin.quickstart.settings import TEMPLATE as WORD_TEMPLATE
 from hf_attn_plugin.quickstart.text import train_tokenizer
-from hf_attn_plugin.training import last_checkpoint
+from hf_attn_plugin.training import train_from_last_checkpoint
 
 TEMPLATES = (NeedleTemplate(), WORD_TEMPLATE)
 """Numbers, the default of `niah`, and single words, as in the quickstart."""
@@ -282,7 +282,7 @@ def main() -> None:
         data_collator=only_item,
         train_dataset=Batches(Documents(tokenizer, np.load(out / "train.npy")), args),
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(out))
+    train_from_last_checkpoint(trainer)
     measured = measure(model, Documents(tokenizer, np.load(out / "held_out.npy")), args.context)
     model.config.use_cache = True  # Trainer turns the cache off, and would save that.
     model.save_pretrained(out)

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import TrainerState
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -26,3 +32,30 @@ def last_checkpoint(folder: str | Path) -> str | None:
     # A user's own copies, such as checkpoint-best, are not the Trainer's.
     steps = {int(name): path for name, path in named.items() if name.isdecimal()}
     return str(steps[max(steps)]) if steps else None
+
+
+def train_from_last_checkpoint(trainer: Trainer) -> None:
+    """Train, going on from the last checkpoint in the trainer's output folder.
+
+    A run that had ended already is loaded as it was: Trainer itself would train one step more, and
+    so change a finished model each time the same line is run again.
+
+    Args:
+        trainer: Not yet trained.
+    """
+    args = trainer.args
+    assert args.output_dir is not None
+    checkpoint = last_checkpoint(args.output_dir)
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        by_steps = args.max_steps > 0
+        ended = (
+            state.global_step >= args.max_steps
+            if by_steps
+            else (state.epoch or 0.0) >= args.num_train_epochs
+        )
+        if ended:
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)

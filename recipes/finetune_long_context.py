@@ -29,7 +29,7 @@ import hf_attn_plugin
 from hf_attn_plugin import FlashConfig, LongformerConfig, SlidingWindowConfig, StridedConfig
 from hf_attn_plugin.convert import extend_context
 from hf_attn_plugin.data import TextArguments, collate_packed
-from hf_attn_plugin.training import last_checkpoint
+from hf_attn_plugin.training import train_from_last_checkpoint
 from hf_attn_plugin.verification import VerifyCallback
 
 METHODS = {m.name: m for m in (FlashConfig, LongformerConfig, SlidingWindowConfig, StridedConfig)}
@@ -104,7 +104,7 @@ def main() -> None:
         eval_dataset=rows["test"],
         callbacks=[VerifyCallback()] if args.verify else None,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    train_from_last_checkpoint(trainer)
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)

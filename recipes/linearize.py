@@ -35,7 +35,7 @@ from transformers.utils import logging
 from hf_attn_plugin import LinearConfig, configure
 from hf_attn_plugin.convert.linearize import AttentionDistillation, attention_output_errors
 from hf_attn_plugin.data import TextArguments, collate_packed
-from hf_attn_plugin.training import last_checkpoint
+from hf_attn_plugin.training import train_from_last_checkpoint
 
 logger = logging.get_logger(__name__)
 RESULTS = "linearize_results.json"
@@ -108,13 +108,7 @@ def train(model: Any, args: TrainingArguments, rows: Any) -> Trainer:
         train_dataset=rows["train"],
         eval_dataset=rows["test"],
     )
-    checkpoint = last_checkpoint(str(args.output_dir))
-    if checkpoint is not None:
-        state = json.loads(Path(checkpoint, "trainer_state.json").read_text("utf-8"))
-        if state["global_step"] >= args.max_steps:
-            trainer._load_from_checkpoint(checkpoint)  # Resuming would train one step more.
-            return trainer
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_from_last_checkpoint(trainer)
     trainer.save_state()
     return trainer
 

@@ -34,7 +34,7 @@ from hf_attn_plugin.masked_lm import (
     mask_rows,
     special_ids,
 )
-from hf_attn_plugin.training import last_checkpoint
+from hf_attn_plugin.training import last_checkpoint, train_from_last_checkpoint
 
 
 @dataclass(kw_only=True)
@@ -105,7 +105,7 @@ def main() -> None:
         measure("after_conversion", length)
     trainer.save_metrics("long_encoder", losses, combined=False)
 
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_from_last_checkpoint(trainer)
     for length in measured:
         measure("after_training", length)
     trainer.log_metrics("long_encoder", losses)

@@ -28,7 +28,7 @@ from transformers import (
 import hf_attn_plugin  # noqa: F401  (registers the names that --attn takes)
 from hf_attn_plugin.convert import plan_gqa, to_gqa
 from hf_attn_plugin.data import TextArguments, collate_packed
-from hf_attn_plugin.training import last_checkpoint
+from hf_attn_plugin.training import last_checkpoint, train_from_last_checkpoint
 
 
 @dataclass(kw_only=True)
@@ -82,7 +82,7 @@ def main() -> None:
         losses["loss_after_conversion"] = trainer.evaluate()["eval_loss"]
         trainer.save_metrics("uptrain", losses, combined=False)
 
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_from_last_checkpoint(trainer)
     losses["loss_after_uptraining"] = trainer.evaluate()["eval_loss"]
     trainer.log_metrics("uptrain", losses)
     trainer.save_metrics("uptrain", losses, combined=False)

@@ -131,6 +131,12 @@ def test_killed_and_resumed_equals_uninterrupted(
     weights = [AutoModelForCausalLM.from_pretrained(out).state_dict() for out in (whole, resumed)]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-5)
+    # The same line once more finds the run ended, and changes nothing.
+    run_to_the_end(recipe, inputs, resumed, *options)
+    assert logged(resumed) == losses
+    again = AutoModelForCausalLM.from_pretrained(resumed).state_dict()
+    for name, tensor in weights[1].items():
+        torch.testing.assert_close(again[name], tensor, rtol=0, atol=1e-6)
 
 
 def check_finetuned(out: Path, inputs: Path) -> None:
