@@ -247,7 +247,16 @@ class AttentionLM(HFLM):
         if self.decode_continuation and context.shape[1] > 1 and mask is not None:
             before = mask[:, :-1]
             if bool(before.any(-1).all()):
-                kwargs["past_key_values"] = self._prefill(context[:, :-1], before)
+                cache = self._prefill(context[:, :-1], before)
+                # generate() repeats its inputs for beams, but not a cache that it is given.
+                defaults = self.model.generation_config
+                copies = [
+                    kwargs.get(name) or getattr(defaults, name, None) or 1
+                    for name in ("num_beams", "num_return_sequences")
+                ]
+                if max(copies) > 1:
+                    cache.batch_repeat_interleave(max(copies))
+                kwargs["past_key_values"] = cache
         return super()._model_generate(context, max_length, stop, **kwargs)
 
     @torch.no_grad()

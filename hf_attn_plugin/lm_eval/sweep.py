@@ -44,7 +44,7 @@ class SweepSetting:
     """One configuration of a sweep.
 
     Attributes:
-        label: Its name in tables.
+        label: Its name in tables, another for every other setting.
         group: What it belongs to in pictures: settings that differ in their budget only.
         attn: The attention implementation.
         parameters: Its parameters.
@@ -98,9 +98,13 @@ def sweep_settings(
         raise ValueError(f"every rank of {list(ranks)} is above the model's head_dim {head_dim}.")
     settings = [SweepSetting(DENSE, DENSE, "sdpa")]
 
+    mean = " mean" if mean_value_reallocation else ""
+
     def sparq(group: str, label: str, **values: Any) -> None:
         parameters = SparQConfig(mean_value_reallocation=mean_value_reallocation, **values)
-        settings.append(SweepSetting(f"sparq {label}", f"sparq {group}", "sparq", parameters))
+        settings.append(
+            SweepSetting(f"sparq {label}{mean}", f"sparq {group}{mean}", "sparq", parameters)
+        )
 
     for rank in possible:
         for k in top_ks:
@@ -109,8 +113,8 @@ def sweep_settings(
     for rank in nearest:
         for share in coverages if top_ks else ():
             sparq(
-                f"coverage r={rank}",
-                f"r={rank} coverage={share:g}",
+                f"coverage r={rank} k≤{max(top_ks)}",
+                f"r={rank} coverage={share:g} k≤{max(top_ks)}",
                 rank=rank,
                 top_k=max(top_ks),
                 coverage=share,
@@ -171,10 +175,12 @@ class SweepResults:
 
         Args:
             about: Facts of this run; ``about["weights"]`` must be those of the runs before.
-            tasks: Facts per task; their ``"documents"`` must be those of the runs before.
+            tasks: Facts per task; their ``"documents"`` and ``"metric"`` must be those of the runs
+                before.
 
         Raises:
-            ValueError: The folder holds results of another model or of other documents.
+            ValueError: The folder holds results of another model, of other documents or by another
+                metric.
         """
         known = self.content["about"].get("weights")
         advice = f"Name another folder, or delete {self.path}."
@@ -186,6 +192,11 @@ class SweepResults:
                 raise ValueError(
                     f"{self.path} holds results of {task} on other documents (options, limit or "
                     f"texts differ). {advice}"
+                )
+            if before is not None and before["metric"] != facts["metric"]:
+                raise ValueError(
+                    f"{self.path} holds results of {task} by {before['metric']}, asked is "
+                    f"{facts['metric']}. {advice}"
                 )
         self.content["about"] = dict(about)
         self.content["tasks"].update({task: dict(facts) for task, facts in tasks.items()})

@@ -41,6 +41,8 @@ class Tokens:
         rank: int64, how many valid tokens of the same document precede a token.
         marked: bool, tokens named in ``global_attention_mask``; or None.
         past: Tokens that are cached already.
+        told: Whether ``cu_seq_lens_q`` tells the documents, which then hold for encoders too;
+            positions that start again mean documents only where attention looks back.
     """
 
     valid: Tensor
@@ -48,13 +50,14 @@ class Tokens:
     rank: Tensor
     marked: Tensor | None
     past: int
+    told: bool
 
 
 def read_tokens(batch: Mapping[str, Any], past: int) -> Tokens | None:
     """The tokens of a batch; None where it holds none that could be counted.
 
-    Packed documents are told by ``position_ids`` that do not go up from one valid token to the
-    next, or by ``cu_seq_lens_q``.
+    Packed documents are told by ``cu_seq_lens_q``, or by ``position_ids`` that do not go up from
+    one valid token to the next; not beside a 4D mask of the caller's own, which is the whole truth.
     """
     ids = batch.get("input_ids")
     if ids is None:
@@ -63,6 +66,7 @@ def read_tokens(batch: Mapping[str, Any], past: int) -> Tokens | None:
         return None
     rows, total = ids.shape[0], past + ids.shape[1]
     mask = batch.get("attention_mask")
+    own_mask = isinstance(mask, Tensor) and mask.ndim == 4
     valid = [[True] * total for _ in range(rows)]
     if isinstance(mask, Tensor) and mask.ndim == 2:
         valid = [[bool(x) for x in row[:total]] for row in mask.tolist()]
@@ -71,7 +75,7 @@ def read_tokens(batch: Mapping[str, Any], past: int) -> Tokens | None:
     if isinstance(lengths, Tensor):
         ends = lengths.tolist()[1:]
         documents = [[sum(end <= token for end in ends) for token in range(total)]]
-    elif isinstance(positions, Tensor) and positions.ndim == 2 and not past:
+    elif isinstance(positions, Tensor) and positions.ndim == 2 and not past and not own_mask:
         numbered = positions.expand(rows, -1).tolist()
         documents = [_documents(*row) for row in zip(numbered, valid, strict=True)]
     ranks = [_ranks(*row) for row in zip(valid, documents, strict=True)]
@@ -82,6 +86,7 @@ def read_tokens(batch: Mapping[str, Any], past: int) -> Tokens | None:
         rank=torch.tensor(ranks),
         marked=None if marked is None else marked.cpu().bool(),
         past=past,
+        told=isinstance(lengths, Tensor),
     )
 
 
@@ -168,7 +173,7 @@ def expected_pairs(
     query_at = torch.arange(tokens.past, total)
     key_at = torch.arange(first_key, first_key + kv_len)
     token_of_key = key_at.clamp(max=total - 1)  # a static cache is longer; eager's mask says so
-    if causal:
+    if causal or tokens.told:
         apart = tokens.document[:, query_at, None] != tokens.document[:, None, token_of_key]
         allowed = allowed & ~apart[:, None].to(device)
     kept = _kept_by_method(method, module, tokens, query_at, key_at, token_of_key, causal)

@@ -213,7 +213,7 @@ class _Verification:
         """Run the batch, after its prompt if there is one."""
         batch, modules = dict(self.batch), list(self.model.modules())
         if batch.get("past_key_values") is not None:
-            batch["past_key_values"] = copy.deepcopy(batch["past_key_values"])
+            batch["past_key_values"] = _copied(batch["past_key_values"])
         with (
             torch.no_grad(),
             _random_state(self.device),
@@ -325,6 +325,16 @@ def _compute_nothing(call: InterfaceCall) -> tuple[Tensor, None]:
     # Masks do not depend on what attention returns.
     batch, heads, q_len, _ = call.query.shape
     return call.query.new_zeros(batch, q_len, heads, call.value.shape[-1]), None
+
+
+def _copied(cache: Any) -> Any:
+    try:
+        return copy.deepcopy(cache)
+    except RuntimeError as error:
+        raise ValueError(
+            "verify: the cache in the batch belongs to a graph for gradients and cannot be copied. "
+            "Fill it under torch.no_grad()."
+        ) from error
 
 
 def _is_causal(call: InterfaceCall) -> bool:

@@ -31,11 +31,9 @@ def score(lm, pairs):
     return torch.tensor([value for value, _ in answers]), [greedy for _, greedy in answers]
 
 
-def generate(lm, prompts, max_gen_toks=6):
-    requests = [
-        Instance("generate_until", {}, (prompt, {"until": ["§"], "max_gen_toks": max_gen_toks}), 0)
-        for prompt in prompts
-    ]
+def generate(lm, prompts, max_gen_toks=6, **options):
+    options |= {"until": ["§"], "max_gen_toks": max_gen_toks}
+    requests = [Instance("generate_until", {}, (prompt, options), 0) for prompt in prompts]
     return lm.generate_until(requests, disable_tqdm=True)
 
 
@@ -98,6 +96,13 @@ def test_generation_is_the_same_with_every_token_decoded(model, tokenizer, text)
     assert generate(make(model, tokenizer), prompts) == stock
     configure(model, SparQConfig(rank=1, top_k=2))
     assert generate(make(model, tokenizer), prompts) != stock
+
+
+def test_beams_over_a_prefilled_cache(model, tokenizer, text):
+    prompts = [text[1_000:1_400], text[3_000:3_200]]
+    stock = generate(make(model, tokenizer), prompts, num_beams=2)
+    decoded = generate(make(model, tokenizer, decode_continuation=True), prompts, num_beams=2)
+    assert decoded == stock
 
 
 def test_reads_are_counted_exactly(model, tokenizer, pairs):

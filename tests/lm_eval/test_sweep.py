@@ -25,7 +25,7 @@ SETTINGS = sweep_settings(
     8, ranks=[2, 64], top_ks=[8, 160], coverages=[0.9], key_copies=["int8"], baselines=["h2o"]
 )
 LABELS = [
-    "dense", "sparq r=2 k=8", "sparq r=2 k=160", "sparq r=2 coverage=0.9",
+    "dense", "sparq r=2 k=8", "sparq r=2 k=160", "sparq r=2 coverage=0.9 k≤160",
     "sparq r=2 k=8 copy=int8", "sparq r=2 k=160 copy=int8", "h2o 8", "h2o 160",
 ]  # fmt: skip
 
@@ -59,6 +59,15 @@ def test_the_settings():
         sweep_settings(64, baselines=["quest"])
     with pytest.raises(ValueError, match=r"every rank of \[32\] is above .* head_dim 8"):
         sweep_settings(8, ranks=[32])
+
+
+def test_every_setting_has_a_label_of_its_own():
+    several = [
+        *sweep_settings(64),
+        *sweep_settings(64, top_ks=[32, 64]),
+        *sweep_settings(64, mean_value_reallocation=True),
+    ]
+    assert len({s.label for s in several}) == len({s.key for s in several})
 
 
 def sweep(model, tokenizer, tasks, folder, settings=SETTINGS, stop=None, **options):
@@ -112,6 +121,14 @@ def test_what_is_measured(model, tokenizer, tasks, tmp_path):
     assert abs(bits["h2o 8"] - text.dense.quality) > 1e-3
     assert text.dense.quality == pytest.approx(sum(text.dense.scores) / 3, rel=0.3)
     assert len(niah.dense.scores) == 4
+
+
+def test_another_metric_is_another_measurement(tmp_path):
+    results = SweepResults(tmp_path)
+    facts = {"metric": "acc", "documents": "0"}
+    results.begin({"weights": "1"}, {"niah": facts})
+    with pytest.raises(ValueError, match="results of niah by acc, asked is f1"):
+        results.begin({"weights": "1"}, {"niah": {**facts, "metric": "f1"}})
 
 
 def test_limit_and_metric(model, tokenizer, tasks, tmp_path):

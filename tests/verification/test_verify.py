@@ -97,6 +97,9 @@ def batches() -> dict[str, dict[str, Any]]:
     packed = pack_positions([[7, 13], [LENGTH]])
     return {
         "4D mask": {"input_ids": ids, "attention_mask": four_d},
+        "4D mask over positions that start again": {
+            "input_ids": ids, "attention_mask": four_d, "position_ids": packed
+        },
         "cumulative lengths": {
             "input_ids": ids[:1], "cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths,
             "max_length_q": 13, "max_length_k": 13,
@@ -119,6 +122,21 @@ def test_batches_of_the_users_own(kind: str) -> None:
     model = model_of("llama", "longformer" if kind == "marked tokens" else "flash")
     report = verify(model, batches()[kind], gradients=True)
     assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("name", ["flash", "sliding_window", "longformer"])
+def test_packed_encoders_told_by_lengths(name: str) -> None:
+    batch = batches()["cumulative lengths"]
+    assert verify(model_of("bert", name), batch).ok
+    leaking = verify(tiny_model("bert", "sdpa"), batch).first_difference
+    assert leaking is not None and "pairs too many" in leaking.detail
+
+
+def test_a_cache_with_gradients_is_refused() -> None:
+    model, ids = model_of("llama", "flash"), random_ids(1, LENGTH)
+    cache = model(ids[:, :15]).past_key_values
+    with pytest.raises(ValueError, match=r"torch\.no_grad"):
+        verify(model, {"input_ids": ids[:, 15:], "past_key_values": cache})
 
 
 def test_several_tokens_over_a_cache_which_stays_as_it_is() -> None:
