@@ -41,7 +41,12 @@ def _nan_in_empty_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def registries() -> Iterator[None]:
     """Puts transformers' registries and the functions we wrap back after the test."""
-    from transformers import AttentionInterface, AttentionMaskInterface, cache_utils
+    from transformers import (
+        AttentionInterface,
+        AttentionMaskInterface,
+        cache_utils,
+        masking_utils,
+    )
     from transformers.configuration_utils import PreTrainedConfig
     from transformers.modeling_utils import PreTrainedModel
 
@@ -54,8 +59,13 @@ def registries() -> Iterator[None]:
     saved = [dict(table) for table in tables]
     wrapped: list[tuple[Any, str]] = [
         (PreTrainedModel, "_check_and_adjust_attn_implementation"),
+        (PreTrainedModel, "set_attn_implementation"),
+        (masking_utils, "is_flash_attention_requested"),
+        (masking_utils, "_preprocess_mask_arguments"),
         (PreTrainedConfig, "attn_params"),
         (cache_utils, "get_layer_types_and_kwargs"),
+        (cache_utils.DynamicCache, "__init__"),
+        (cache_utils.QuantizedCache, "__init__"),
     ]
     values = [vars(owner).get(name) for owner, name in wrapped]
     yield

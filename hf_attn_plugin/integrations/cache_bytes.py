@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 
 from hf_attn_plugin.integrations.sparq_cache import SparQLayer
 from hf_attn_plugin.integrations.sparq_static_cache import SparQStaticLayer
-from hf_attn_plugin.ops.sparq.reads import nbytes
+from hf_attn_plugin.ops.reads import nbytes
 
 
 def kv_cache_bytes(cache: Cache) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_attn_plugin.methods import METHODS
 from hf_attn_plugin.methods.counting import COUNTER_ATTRIBUTE, CacheReadCounter
+from hf_attn_plugin.ops.reads import nbytes
 
 
 @contextlib.contextmanager
@@ -72,5 +73,5 @@ class _StockHook:
             self.counter.add(id(module), name, None, None)
             return
         layer = cache.layers[cast(int, module.layer_idx)]
-        size = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+        size = nbytes(layer.keys, layer.values)
         self.counter.add(id(module), name, size, size)

@@ -8,7 +8,7 @@ of chunks (Llama 4), which FlashAttention has not and `flash` has, would be refu
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from hf_attn_plugin.compat import paged_names
@@ -16,77 +16,69 @@ from hf_attn_plugin.integrations.model_source import (
     is_language_model_without_attention,
     uses_interface,
 )
+from hf_attn_plugin.integrations.wrapping import unwrap, wrap
 
 _IS_FLASH = "is_flash_attention_requested"
 _CHECK = "_check_and_adjust_attn_implementation"
 _SET = "set_attn_implementation"
-_MARK = "_hf_attn_plugin_original"
 
 
 def install(names: frozenset[str]) -> None:
-    """Wrap the methods of ``PreTrainedModel`` that take a name; idempotent."""
+    """Wrap what takes a name or asks about it; idempotent."""
+    from transformers import masking_utils
     from transformers.modeling_utils import PreTrainedModel
 
-    if hasattr(getattr(PreTrainedModel, _CHECK), _MARK):
-        return
-    original_check = getattr(PreTrainedModel, _CHECK)
-    original_set = getattr(PreTrainedModel, _SET)
+    wrap(PreTrainedModel, _CHECK, lambda original: _check(original, names))
+    wrap(PreTrainedModel, _SET, lambda original: _set(original, names))
+    wrap(masking_utils, _IS_FLASH, lambda original: _is_flash(original, names))
 
-    @functools.wraps(original_check)
+
+def uninstall() -> None:
+    """Put transformers' own functions back."""
+    from transformers import masking_utils
+    from transformers.modeling_utils import PreTrainedModel
+
+    unwrap(PreTrainedModel, _CHECK)
+    unwrap(PreTrainedModel, _SET)
+    unwrap(masking_utils, _IS_FLASH)
+
+
+def _check(original: Callable[..., Any], names: frozenset[str]) -> Callable[..., Any]:
+    """Our names need no kernel to be fetched."""
+
     def check(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str | None:
         name = str(attn_implementation).removeprefix("paged|")
         if name not in names:
-            return original_check(self, attn_implementation, *args, **kwargs)
+            return original(self, attn_implementation, *args, **kwargs)
         refuse_bypassing(type(self), name)
         return attn_implementation if attn_implementation in paged_names(name) else name
 
-    @functools.wraps(original_set)
+    return check
+
+
+def _set(original: Callable[..., Any], names: frozenset[str]) -> Callable[..., Any]:
+    """Transformers only logs a warning, and keeps the attention that the model had."""
+
     def set_name(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
-        # Transformers only logs a warning, and keeps the attention that the model had.
         own = attn_implementation
         if isinstance(own, dict):
             own = own.get("")  # the model itself; its parts are named
         if isinstance(own, str) and own in names:
             refuse_bypassing(type(self), own)
-        return original_set(self, attn_implementation, *args, **kwargs)
+        return original(self, attn_implementation, *args, **kwargs)
 
-    for method, wrapper, original in (
-        (_CHECK, check, original_check),
-        (_SET, set_name, original_set),
-    ):
-        setattr(wrapper, _MARK, original)
-        setattr(PreTrainedModel, method, wrapper)
-    _install_for_masks(names)
+    return set_name
 
 
-def _install_for_masks(names: frozenset[str]) -> None:
+def _is_flash(original: Callable[..., Any], names: frozenset[str]) -> Callable[..., bool]:
     """In the masks' own module, our names are no FlashAttention kernel."""
-    from transformers import masking_utils
 
-    original = getattr(masking_utils, _IS_FLASH)
-
-    @functools.wraps(original)
     def is_flash(config: Any = None, *args: Any, **kwargs: Any) -> bool:
         if getattr(config, "_attn_implementation", None) in names:
             return False
         return bool(original(config, *args, **kwargs))
 
-    setattr(is_flash, _MARK, original)
-    setattr(masking_utils, _IS_FLASH, is_flash)
-
-
-def uninstall() -> None:
-    """Put transformers' own methods back."""
-    from transformers import masking_utils
-    from transformers.modeling_utils import PreTrainedModel
-
-    for method in (_CHECK, _SET):
-        original = getattr(getattr(PreTrainedModel, method), _MARK, None)
-        if original is not None:
-            setattr(PreTrainedModel, method, original)
-    original = getattr(getattr(masking_utils, _IS_FLASH), _MARK, None)
-    if original is not None:
-        setattr(masking_utils, _IS_FLASH, original)
+    return is_flash
 
 
 def refuse_bypassing(model_class: Any, name: str) -> None:

@@ -1,27 +1,18 @@
 """Gap: transformers' caches do not know how much attention their keys have drawn.
 
 The cache that ``h2o`` decodes over: a dynamic layer that carries an `H2OState` along.
-
-``install()`` makes transformers build it by itself wherever it builds a `DynamicCache` for a model
-whose attention implementation is ``h2o``. Static caches keep their own layers, with which ``h2o``
-refuses to decode.
+`cache_layers` puts it in its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, cache_utils
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 
 from hf_attn_plugin.ops.h2o import H2OState, attach_h2o_state
-
-METHOD = "h2o"
-LAYER_TYPE = "h2o:full_attention"
 
 
 class H2OLayer(DynamicLayer):
@@ -79,48 +70,3 @@ class H2OLayer(DynamicLayer):
         """Forget all positions."""
         super().reset()
         self._state = H2OState()
-
-
-# In transformers 5.17 the second part is one dictionary for all layers; it is only handed on.
-LayerTypes = Callable[[PreTrainedConfig], tuple[list[str], list[dict[Any, Any]]]]
-
-
-@dataclass(frozen=True)
-class _H2OLayerTypes:
-    """transformers' ``get_layer_types_and_kwargs``, with our layer in models that use ``h2o``."""
-
-    original: LayerTypes
-
-    def __call__(self, config: PreTrainedConfig) -> tuple[list[str], list[dict[Any, Any]]]:
-        layer_types, layer_kwargs = self.original(config)
-        installed = LAYER_TYPE in cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
-        if installed and getattr(config, "_attn_implementation", None) == METHOD:
-            layer_types = [LAYER_TYPE if t == "full_attention" else t for t in layer_types]
-        return layer_types, layer_kwargs
-
-
-def install() -> None:
-    """Make transformers use `H2OLayer` in the dynamic caches of models that use ``h2o``.
-
-    Only full-attention layers change; those with a sliding window keep their own. Calling it again
-    does nothing.
-    """
-    if LAYER_TYPE in cache_utils.DYNAMIC_LAYER_TYPE_MAPPING:
-        return
-    cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = H2OLayer
-    cache_utils.STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = StaticLayer
-    current = cache_utils.get_layer_types_and_kwargs
-    if not isinstance(current, _H2OLayerTypes):
-        cache_utils.get_layer_types_and_kwargs = _H2OLayerTypes(current)
-
-
-def uninstall() -> None:
-    """Undo `install`. Caches that exist already keep their layers and go on working.
-
-    Where somebody else has wrapped the same function since, ours stays underneath and does nothing.
-    """
-    cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.pop(LAYER_TYPE, None)
-    cache_utils.STATIC_LAYER_TYPE_MAPPING.pop(LAYER_TYPE, None)
-    current = cache_utils.get_layer_types_and_kwargs
-    if isinstance(current, _H2OLayerTypes):
-        cache_utils.get_layer_types_and_kwargs = current.original  # type: ignore[assignment]

@@ -1,25 +1,18 @@
 """Gap: transformers keeps a recurrent state only for models that are written for one.
 
 The cache that ``linear`` uses: a state of fixed size in place of keys and values, kept where
-transformers' own linear-attention layers keep theirs. ``install()`` makes transformers build it by
-itself wherever it builds a dynamic or static cache for a model whose attention implementation is
-``linear``.
+transformers' own linear-attention layers keep theirs. `cache_layers` puts it in its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import Tensor
-from transformers import PreTrainedConfig, cache_utils
+from transformers import PreTrainedConfig
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
 from hf_attn_plugin.ops.linear_state import StateSlot, attach_slot
-
-METHOD = "linear"
-LAYER_TYPE = "linear:full_attention"
 
 
 class LinearStateLayer(LinearAttentionAndFullAttentionLayer):
@@ -98,62 +91,14 @@ def _refuse_to_go_back() -> NoReturn:
     )
 
 
-# In transformers 5.17 the second part is one dictionary for all layers; it is only handed on.
-LayerTypes = Callable[[PreTrainedConfig], tuple[list[str], list[dict[Any, Any]]]]
-
-
-@dataclass(frozen=True)
-class _LinearLayerTypes:
-    """transformers' ``get_layer_types_and_kwargs``, with our layer where ``linear`` is used."""
-
-    original: LayerTypes
-
-    def __call__(self, config: PreTrainedConfig) -> tuple[list[str], list[dict[Any, Any]]]:
-        layer_types, layer_kwargs = self.original(config)
-        installed = LAYER_TYPE in cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
-        if installed and _keeps_state(config):
-            layer_types = [LAYER_TYPE if t == "full_attention" else t for t in layer_types]
-        return layer_types, layer_kwargs
-
-
-def _keeps_state(config: PreTrainedConfig) -> bool:
+def keeps_state(config: PreTrainedConfig) -> bool:
     """Whether this model's caches can hold states.
 
     Cross-attention, and layers that share the keys of others, come back to the keys in the cache:
     such models keep them, and attention adds them up again at every step.
     """
-    comes_back = any(
+    return not any(
         getattr(config, name, None)
         for name in ("is_encoder_decoder", "add_cross_attention", "is_decoder", "kv_sharing_modes",
                      "num_kv_shared_layers")
     )  # fmt: skip
-    return getattr(config, "_attn_implementation", None) == METHOD and not comes_back
-
-
-def install() -> None:
-    """Make transformers use `LinearStateLayer` in the caches of models that use ``linear``.
-
-    Only full-attention layers change; those with a sliding window keep their own. Calling it again
-    does nothing.
-    """
-    cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = LinearStateLayer
-    cache_utils.STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = LinearStateLayer
-    current: Any = cache_utils.get_layer_types_and_kwargs
-    wrapped = current
-    while wrapped is not None:  # others may have wrapped it since
-        if isinstance(wrapped, _LinearLayerTypes):
-            return
-        wrapped = getattr(wrapped, "original", None)
-    cache_utils.get_layer_types_and_kwargs = _LinearLayerTypes(current)
-
-
-def uninstall() -> None:
-    """Undo `install`. Caches that exist already keep their layers and go on working.
-
-    Where somebody else has wrapped the same function since, ours stays underneath and does nothing.
-    """
-    cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.pop(LAYER_TYPE, None)
-    cache_utils.STATIC_LAYER_TYPE_MAPPING.pop(LAYER_TYPE, None)
-    current = cache_utils.get_layer_types_and_kwargs
-    if isinstance(current, _LinearLayerTypes):
-        cache_utils.get_layer_types_and_kwargs = current.original  # type: ignore[assignment]

@@ -8,28 +8,35 @@ are told here, where every model passes them.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_attn_plugin.integrations.wrapping import ORIGINAL as _MARK  # noqa: F401  a test reads it
+from hf_attn_plugin.integrations.wrapping import unwrap, wrap
 from hf_attn_plugin.patterns import PatternMask
 from hf_attn_plugin.patterns.documents import restarts
 
 _FUNCTION = "_preprocess_mask_arguments"
-_MARK = "_hf_attn_plugin_original"
 
 
 def install(names: frozenset[str]) -> None:
     """Wrap the function that all of transformers' masks begin with; idempotent."""
     from transformers import masking_utils
 
-    original = getattr(masking_utils, _FUNCTION)
-    if hasattr(original, _MARK):
-        return
+    wrap(masking_utils, _FUNCTION, lambda original: _separating(original, names))
 
-    @functools.wraps(original)
+
+def uninstall() -> None:
+    """Put transformers' own function back."""
+    from transformers import masking_utils
+
+    unwrap(masking_utils, _FUNCTION)
+
+
+def _separating(original: Callable[..., Any], names: frozenset[str]) -> Callable[..., Any]:
     def preprocess(
         config: Any,
         inputs_embeds: Tensor,
@@ -50,17 +57,7 @@ def install(names: frozenset[str]) -> None:
         documents = _documents(position_ids, valid, q_length, kv_length, q_offset, kv_offset)
         return ready, valid, documents, q_length, kv_length, q_offset, kv_offset
 
-    setattr(preprocess, _MARK, original)
-    setattr(masking_utils, _FUNCTION, preprocess)
-
-
-def uninstall() -> None:
-    """Put transformers' own function back."""
-    from transformers import masking_utils
-
-    original = getattr(getattr(masking_utils, _FUNCTION), _MARK, None)
-    if original is not None:
-        setattr(masking_utils, _FUNCTION, original)
+    return preprocess
 
 
 def _documents(

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.cache_utils import QuantizedCache
 
 from hf_attn_plugin.config import SparQConfig
+from hf_attn_plugin.integrations.wrapping import unwrap, wrap
 
-_ORIGINAL = "_hf_attn_original"
 
-
-def install() -> None:
-    """Let `QuantizedCache` say why ``sparq`` models cannot use it; idempotent."""
-    original = QuantizedCache.__init__
-    if hasattr(original, _ORIGINAL):
-        return
-
-    @functools.wraps(original)
+def _checked(original: Callable[..., None]) -> Callable[..., None]:
     def checked(
         self: Any, backend: str, config: PreTrainedConfig, *args: Any, **kwargs: Any
     ) -> None:
@@ -33,12 +26,14 @@ def install() -> None:
             )
         original(self, backend, config, *args, **kwargs)
 
-    setattr(checked, _ORIGINAL, original)
-    QuantizedCache.__init__ = checked  # type: ignore[method-assign]
+    return checked
+
+
+def install() -> None:
+    """Let `QuantizedCache` say why ``sparq`` models cannot use it; idempotent."""
+    wrap(QuantizedCache, "__init__", _checked)
 
 
 def uninstall() -> None:
     """Undo `install`, unless somebody else has wrapped it since."""
-    original = getattr(QuantizedCache.__init__, _ORIGINAL, None)
-    if original is not None:
-        QuantizedCache.__init__ = original  # type: ignore[method-assign]
+    unwrap(QuantizedCache, "__init__")

@@ -35,10 +35,9 @@ def _register_now() -> None:
     from transformers.modeling_utils import AttentionInterface
 
     from hf_attn_plugin.integrations import (
-        h2o_cache,
-        linear_cache,
+        cache_layers,
         packed_positions,
-        sparq_cache,
+        quantized_cache,
         window_cache,
     )
     from hf_attn_plugin.integrations.masks import pattern_mask
@@ -47,9 +46,8 @@ def _register_now() -> None:
     attn_params.install()
     flash_name.install(frozenset(METHODS))
     packed_positions.install(frozenset(METHODS))
-    linear_cache.install()
-    sparq_cache.install()
-    h2o_cache.install()
+    cache_layers.install()
+    quantized_cache.install()
     window_cache.install()
     for name, function in METHODS.items():
         AttentionInterface.register(name, function)

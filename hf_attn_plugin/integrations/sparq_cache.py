@@ -1,35 +1,26 @@
 """Gap: transformers' caches hold keys one way only.
 
-The caches that ``sparq`` reads: keys stored a second time by component, running sums of the values.
-
-``install()`` makes transformers build them by itself wherever it builds a `DynamicCache` or a
-`StaticCache` for a model whose attention implementation is ``sparq``.
+The dynamic cache layer that ``sparq`` reads: keys stored a second time by component, running sums
+of the values. `cache_layers` puts it in its place.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, cache_utils
+from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from hf_attn_plugin.config import SparQConfig, parameters_of
-from hf_attn_plugin.integrations import quantized_cache
-from hf_attn_plugin.integrations.sparq_static_cache import SparQStaticLayer
+from hf_attn_plugin.ops.reads import nbytes
 from hf_attn_plugin.ops.sparq.key_copy import FullBuffer, QuantizedBuffer, allocate_copy
-from hf_attn_plugin.ops.sparq.reads import nbytes
 from hf_attn_plugin.ops.sparq.state import SparQState, attach_state
 from hf_attn_plugin.ops.sparq.sums import RunningSums
-
-METHOD = SparQConfig.name
-# One per way of copying the keys, since a layer is told nothing of the model's parameters.
-LAYER_TYPES = {kind: f"{METHOD}:{kind}" for kind in SparQConfig.KEY_COPIES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,64 +219,11 @@ class SparQLayer(DynamicLayer):
         }
 
 
-# In transformers 5.17 the second part is one dictionary for all layers; it is only handed on.
-LayerTypes = Callable[[PreTrainedConfig], tuple[list[str], list[dict[Any, Any]]]]
-
-
-@dataclass(frozen=True)
-class _SparQLayerTypes:
-    """transformers' ``get_layer_types_and_kwargs``, with our layers for ``sparq``."""
-
-    original: LayerTypes
-
-    def __call__(self, config: PreTrainedConfig) -> tuple[list[str], list[dict[Any, Any]]]:
-        layer_types, layer_kwargs = self.original(config)
-        if _wanted(config):
-            ours = LAYER_TYPES[parameters_of(config, SparQConfig).key_copy]
-            layer_types = [ours if t == "full_attention" else t for t in layer_types]
-        return layer_types, layer_kwargs
-
-
-def _wanted(config: PreTrainedConfig) -> bool:
-    """Whether this model's full-attention layers get our cache layer.
+def keeps_copy(key_copy: str, config: PreTrainedConfig) -> bool:
+    """Whether caches for this model keep the keys a second time, in this way.
 
     Not with multi-head latent attention: what it caches are latents, from which the keys are made
     only after the cache. A second copy of them would be of no use.
     """
-    installed = LAYER_TYPES["full"] in cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
     latent = getattr(config, "kv_lora_rank", None) is not None
-    return installed and getattr(config, "_attn_implementation", None) == METHOD and not latent
-
-
-def install() -> None:
-    """Make transformers use our layers in the caches of models that use ``sparq``.
-
-    Only full-attention layers change; those with a sliding window keep their own. Calling it again
-    does nothing.
-    """
-    if LAYER_TYPES["full"] in cache_utils.DYNAMIC_LAYER_TYPE_MAPPING:
-        return
-    # Transformers calls what is in the mappings; it need not be a class.
-    dynamic: dict[str, Any] = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
-    static: dict[str, Any] = cache_utils.STATIC_LAYER_TYPE_MAPPING
-    for kind, name in LAYER_TYPES.items():
-        dynamic[name] = functools.partial(SparQLayer, kind)
-        static[name] = functools.partial(SparQStaticLayer, kind)
-    current = cache_utils.get_layer_types_and_kwargs
-    if not isinstance(current, _SparQLayerTypes):
-        cache_utils.get_layer_types_and_kwargs = _SparQLayerTypes(current)
-    quantized_cache.install()
-
-
-def uninstall() -> None:
-    """Undo `install`. Caches that exist already keep their layers and go on working.
-
-    Where somebody else has wrapped the same function since, ours stays underneath and does nothing.
-    """
-    for name in LAYER_TYPES.values():
-        cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.pop(name, None)
-        cache_utils.STATIC_LAYER_TYPE_MAPPING.pop(name, None)
-    current = cache_utils.get_layer_types_and_kwargs
-    if isinstance(current, _SparQLayerTypes):
-        cache_utils.get_layer_types_and_kwargs = current.original  # type: ignore[assignment]
-    quantized_cache.uninstall()
+    return not latent and parameters_of(config, SparQConfig).key_copy == key_copy

@@ -1,6 +1,6 @@
 """Gap: transformers' static cache holds keys one way only.
 
-The static cache layer that ``sparq`` reads; `sparq_cache` puts it in its place.
+The static cache layer that ``sparq`` reads; `cache_layers` puts it in its place.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from hf_attn_plugin.ops.sparq.reads import nbytes
+from hf_attn_plugin.ops.reads import nbytes
 from hf_attn_plugin.ops.sparq.state import SparQState, attach_state
 from hf_attn_plugin.ops.sparq.static_copy import (
     StaticFullCopy,

@@ -11,17 +11,17 @@ without a config, and those of models that share keys between layers.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from hf_attn_plugin.integrations.wrapping import unwrap, wrap
 from hf_attn_plugin.ops.window_state import WindowStore
 
 METHODS = ("sliding_window", "longformer")
-_MARK = "_hf_attn_plugin_original"
 
 
 class WindowLayer(DynamicLayer):
@@ -136,13 +136,7 @@ class WindowLayer(DynamicLayer):
         self._store.map_batch(lambda held: held[indices])
 
 
-def install() -> None:
-    """Make transformers use `WindowLayer`; idempotent."""
-    original = DynamicCache.__init__
-    if hasattr(original, _MARK):
-        return
-
-    @functools.wraps(original)
+def _bounded(original: Callable[..., None]) -> Callable[..., None]:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         config = kwargs.get("config", args[1] if len(args) > 1 else None)
@@ -156,15 +150,17 @@ def install() -> None:
                 for layer in self.layers
             ]
 
-    setattr(init, _MARK, original)
-    DynamicCache.__init__ = init  # type: ignore[method-assign]
+    return init
+
+
+def install() -> None:
+    """Make transformers use `WindowLayer`; idempotent."""
+    wrap(DynamicCache, "__init__", _bounded)
 
 
 def uninstall() -> None:
     """Undo `install`, unless somebody else has wrapped it since. Existing caches go on working."""
-    original = getattr(DynamicCache.__init__, _MARK, None)
-    if original is not None:
-        DynamicCache.__init__ = original  # type: ignore[method-assign]
+    unwrap(DynamicCache, "__init__")
 
 
 def _wanted(config: PreTrainedConfig) -> bool:

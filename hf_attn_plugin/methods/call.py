@@ -17,6 +17,7 @@ from hf_attn_plugin.compat import (
 from hf_attn_plugin.config import ConfigT, parameters_of
 from hf_attn_plugin.methods.counting import record
 from hf_attn_plugin.ops import attention
+from hf_attn_plugin.ops.reads import nbytes
 from hf_attn_plugin.patterns import Pattern, PatternMask
 from hf_attn_plugin.patterns.documents import restarts
 
@@ -169,8 +170,8 @@ def attend(
             key, value = key.index_select(2, index), value.index_select(2, index)
     if call.is_decoding:
         held = call.key.shape[2]
-        dense = _bytes(call.key, call.value) // held * (tokens_seen or held)
-        record(call.module, call.method, read=_bytes(key, value), dense=dense)
+        dense = nbytes(call.key, call.value) // held * (tokens_seen or held)
+        record(call.module, call.method, read=nbytes(key, value), dense=dense)
     else:
         record(call.module, call.method)
     output, _ = attention(
@@ -264,10 +265,6 @@ def _seen(pattern: Pattern, device: torch.device) -> tuple[Pattern, slice | Tens
         q_len=1, kv_len=count, causal=False, dense=None if bool(left.all()) else left.contiguous()
     )
     return rest, chosen
-
-
-def _bytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _pattern(

@@ -10,7 +10,8 @@ from hf_attn_plugin.config import ExactTopKConfig
 from hf_attn_plugin.methods.call import attend, read_call
 from hf_attn_plugin.methods.counting import record
 from hf_attn_plugin.methods.decoding import decodes_over_the_past, visible_to_last
-from hf_attn_plugin.ops.baselines import exact_topk_decode, nbytes
+from hf_attn_plugin.ops.baselines import exact_topk_decode
+from hf_attn_plugin.ops.reads import nbytes
 from hf_attn_plugin.patterns import PatternMask
 
 
@@ -53,5 +54,5 @@ def exact_topk_attention(
         softcap=call.softcap,
         sinks=call.sinks,
     )
-    record(module, "exact_topk", read=read, dense=nbytes(key) + nbytes(value))
+    record(module, "exact_topk", read=read, dense=nbytes(key, value))
     return output.transpose(1, 2).contiguous(), None

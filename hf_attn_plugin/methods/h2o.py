@@ -11,8 +11,8 @@ from hf_attn_plugin.config import H2OConfig
 from hf_attn_plugin.methods.call import AttentionCall, attend, read_call
 from hf_attn_plugin.methods.counting import record
 from hf_attn_plugin.methods.decoding import decodes_over_the_past, visible_to_last
-from hf_attn_plugin.ops.baselines import nbytes
 from hf_attn_plugin.ops.h2o import H2OState, h2o_state
+from hf_attn_plugin.ops.reads import nbytes
 from hf_attn_plugin.patterns import PatternMask
 
 
@@ -90,7 +90,7 @@ def h2o_attention(
     output, read = _attend(call, key, value, state, visible)
     assert output is not None
     if call.is_decoding:
-        record(module, "h2o", read=read, dense=nbytes(key) + nbytes(value))
+        record(module, "h2o", read=read, dense=nbytes(key, value))
     else:
         record(module, "h2o")
     return output.transpose(1, 2).contiguous(), None

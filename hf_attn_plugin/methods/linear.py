@@ -11,6 +11,7 @@ from hf_attn_plugin.methods.call import AttentionCall, attend, read_call
 from hf_attn_plugin.methods.counting import record
 from hf_attn_plugin.ops.linear import linear_attention
 from hf_attn_plugin.ops.linear_state import LinearState, attached_slot
+from hf_attn_plugin.ops.reads import nbytes
 from hf_attn_plugin.ops.torch.linear_features import EluFeatures, FavorFeatures, FeatureMap
 from hf_attn_plugin.patterns import PatternMask
 
@@ -144,8 +145,7 @@ def _count(call: AttentionCall, start: int, state: LinearState | None) -> None:
     if call.query.shape[2] != 1 or tokens == 1:
         record(call.module, "linear")
         return
-    tensors = (call.key, call.value)
-    new = sum(t.numel() * t.element_size() for t in tensors)
+    new = nbytes(call.key, call.value)
     dense = new // call.key.shape[2] * tokens
     read = new if state is None else new + state.nbytes
     record(call.module, "linear", read=read, dense=dense)

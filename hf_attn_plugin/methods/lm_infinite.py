@@ -11,7 +11,9 @@ from hf_attn_plugin.config import LMInfiniteConfig
 from hf_attn_plugin.methods.call import attend, read_call
 from hf_attn_plugin.methods.counting import record
 from hf_attn_plugin.methods.decoding import decodes_over_the_past, visible_to_last
-from hf_attn_plugin.ops.baselines import attend_to, most_recent, nbytes
+from hf_attn_plugin.ops.baselines import attend_to
+from hf_attn_plugin.ops.choice import most_recent
+from hf_attn_plugin.ops.reads import nbytes
 from hf_attn_plugin.patterns import PatternMask
 
 
@@ -64,7 +66,7 @@ def lm_infinite_attention(
         softcap=call.softcap,
         sinks=call.sinks,
     )
-    record(module, "lm_infinite", read=read, dense=nbytes(key) + nbytes(value))
+    record(module, "lm_infinite", read=read, dense=nbytes(key, value))
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_attn_plugin.config import SparQConfig
 from hf_attn_plugin.methods.call import AttentionCall, attend, read_call
 from hf_attn_plugin.methods.counting import COUNTER_ATTRIBUTE, record
+from hf_attn_plugin.methods.decoding import decodes_over_the_past, visible_to_last
 from hf_attn_plugin.ops.sparq import sparq_decode
 from hf_attn_plugin.ops.sparq.key_copy import Components, StridedComponents
 from hf_attn_plugin.ops.sparq.state import SparQState, sparq_state
@@ -46,13 +47,13 @@ def sparq_attention(
     """
     call = read_call("sparq", module, query, key, value, attention_mask, **kwargs)
     parameters = call.parameters(SparQConfig)
-    if not _applies(call):
+    if not decodes_over_the_past(call):
         return attend(call, call.pattern)
     rank = parameters.resolve_rank(query.shape[-1])
     # The cached tensors as they are: autocast's copies of them would have to be made every step.
     state = sparq_state(key)
     _check_state(call, parameters, state)
-    visible = _visible_to_last(call)
+    visible = visible_to_last(call)
     sums, sums_bytes = None, 0
     if state is not None and parameters.mean_value_reallocation:
         # After prefill too, where the values have just been read anyway.
@@ -111,23 +112,3 @@ def _components(
     if parameters.key_copy == "none":
         return StridedComponents(key, counted=hasattr(call.module, COUNTER_ATTRIBUTE))
     return None if state is None else state.components
-
-
-def _applies(call: AttentionCall) -> bool:
-    """Whether the layer decodes over all that was said before, which is what SparQ thins out."""
-    pattern = call.pattern
-    per_head = pattern.dense is not None and pattern.dense.shape[1] > 1
-    return call.is_causal and pattern.band is None and pattern.q_documents is None and not per_head
-
-
-def _visible_to_last(call: AttentionCall) -> Tensor | None:
-    """The keys that the last query sees, bool ``[batch or 1, kv_len]``; None is all of them."""
-    pattern, device = call.pattern, call.query.device
-
-    def make() -> Tensor | None:
-        seen = pattern.visible(device, q_start=pattern.q_len - 1)[:, 0, 0]
-        if not torch.compiler.is_compiling() and bool(seen.all()):
-            return None
-        return seen
-
-    return pattern.derive(("visible to last", str(device)), make)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_attn_plugin.ops.backend import Backend, Call, choose_backend
+from hf_attn_plugin.ops.checks import check_tensors
 from hf_attn_plugin.ops.reference import reference_attention
 from hf_attn_plugin.ops.torch.blocked import blocked_attention
 from hf_attn_plugin.patterns import Pattern
@@ -107,29 +108,7 @@ def _dense_mask(pattern: Pattern, query: Tensor) -> tuple[Tensor, Tensor | None]
 def _check(
     query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, sinks: Tensor | None
 ) -> None:
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        raise ValueError(f"attention takes [batch, heads, tokens, dim] tensors; got {shapes}.")
-    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
-        raise ValueError(f"attention: batch, KV heads and keys must agree; got {shapes}.")
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(f"attention: query and key must have one head_dim; got {shapes}.")
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(f"attention: KV heads must divide query heads; got {shapes}.")
-    if not query.dtype == key.dtype == value.dtype or not query.dtype.is_floating_point:
-        dtypes = f"{query.dtype}, {key.dtype}, {value.dtype}"
-        raise ValueError(f"attention: query, key and value must share a float dtype; got {dtypes}.")
-    if (pattern.q_len, pattern.kv_len) != (query.shape[2], key.shape[2]):
-        raise ValueError(
-            f"attention: the pattern is for {pattern.q_len} queries and {pattern.kv_len} keys; "
-            f"got {shapes}."
-        )
-    for name, tensor in pattern.tensors().items():
-        if tensor.ndim > 0 and tensor.shape[0] not in (1, query.shape[0]):
-            raise ValueError(
-                f"attention: the pattern's {name} is for a batch of {tensor.shape[0]}; "
-                f"got {shapes}."
-            )
+    check_tensors("attention", query, key, value, pattern)
     if pattern.dense is not None and pattern.dense.shape[1] not in (1, query.shape[1]):
         raise ValueError(
             f"attention: the pattern's dense mask must have 1 or {query.shape[1]} heads, one per "

@@ -10,6 +10,10 @@ import math
 import torch
 from torch import Tensor
 
+from hf_attn_plugin.ops.choice import Choice, choose_keys
+from hf_attn_plugin.ops.reads import nbytes
+from hf_attn_plugin.ops.scores import cap, dot, softmax, weigh
+
 
 def exact_topk_decode(
     query: Tensor,
@@ -52,14 +56,15 @@ def exact_topk_decode(
     sees = None if visible is None else visible[:, None]
     scores = capped_scores(query, keys, scaling, softcap)[..., 0, :]  # [B, Hkv, G, S]
     weights = masked_softmax(scores, None if sees is None else sees[:, :, None], sinks)
+    read = nbytes(keys)
     if top_k < keys.shape[2]:
-        chosen = _largest(weights.sum(2), top_k, local_window, visible)  # [B, Hkv, k]
-        scores = scores.gather(-1, chosen[:, :, None].expand(-1, -1, scores.shape[2], -1))
-        if sees is not None:
-            sees = sees.expand(chosen.shape[0], chosen.shape[1], -1).gather(-1, chosen)
-        weights = masked_softmax(scores, None if sees is None else sees[:, :, None], sinks)
-        values = take(values, chosen)
-    return weigh(weights[..., None, :], values).to(query.dtype), nbytes(keys) + nbytes(values)
+        chosen = choose_keys(weights.sum(2), top_k, local_window, visible, None)
+        sees = chosen.seen(visible)
+        weights = masked_softmax(
+            chosen.gather(scores), None if sees is None else sees[:, :, None], sinks
+        )
+        values, _ = chosen.take(values)
+    return weigh_all(weights[..., None, :], values).to(query.dtype), read + nbytes(values)
 
 
 def attend_to(
@@ -89,11 +94,12 @@ def attend_to(
     Returns:
         The output [B, H, 1, Dv] in the query's dtype, and the bytes of keys and values read.
     """
-    keys, values = take(keys, index), take(values, index)
+    chosen = Choice(index.expand(*keys.shape[:2], -1))
+    (keys, key_bytes), (values, value_bytes) = chosen.take(keys), chosen.take(values)
     scores = capped_scores(query, keys, scaling, softcap)
     mask = None if kept is None else kept[:, :, None, None]
-    output = weigh(masked_softmax(scores, mask, sinks), values)
-    return output.to(query.dtype), nbytes(keys) + nbytes(values)
+    output = weigh_all(masked_softmax(scores, mask, sinks), values)
+    return output.to(query.dtype), key_bytes + value_bytes
 
 
 def capped_scores(
@@ -104,11 +110,10 @@ def capped_scores(
     float32, and float64 for float64 queries.
     """
     batch, _, q_len, width = query.shape
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(query.dtype, torch.float32)
     grouped = query.reshape(batch, keys.shape[1], -1, width).to(dtype)
     grouped = grouped * (width**-0.5 if scaling is None else scaling)
-    scores = (grouped @ keys.to(dtype).mT).view(batch, keys.shape[1], -1, q_len, keys.shape[2])
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    return cap(dot(grouped, keys), softcap).unflatten(2, (-1, q_len))
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
@@ -121,48 +126,14 @@ def masked_softmax(scores: Tensor, mask: Tensor | None, sinks: Tensor | None) ->
     """
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    largest = scores.amax(-1, keepdim=True)
     if sinks is not None:
         shape = (1, *scores.shape[1:3], *[1] * (scores.ndim - 3))
         sinks = sinks.to(scores.dtype).reshape(shape)
-        largest = torch.maximum(largest, sinks)
-    largest = largest.clamp_min(torch.finfo(scores.dtype).min)
-    weights = torch.exp(scores - largest)
-    total = weights.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + torch.exp(sinks - largest)
-    # The largest term is 1, so a total below 1 belongs to a row that sees nothing.
-    return weights / total.clamp_min(1)
+    return softmax(scores, sinks)
 
 
-def weigh(weights: Tensor, values: Tensor) -> Tensor:
+def weigh_all(weights: Tensor, values: Tensor) -> Tensor:
     """[B, H, q, Dv] of weights [B, Hkv, G, q, S] and values [B, Hkv, S, Dv], in their dtype."""
     batch, kv_heads, group, q_len, _ = weights.shape
-    output = weights.flatten(2, 3) @ values.to(weights.dtype)
+    output = weigh(weights.flatten(2, 3), values)
     return output.reshape(batch, kv_heads * group, q_len, -1)
-
-
-def take(tensor: Tensor, index: Tensor) -> Tensor:
-    """Rows [B, Hkv, m, D] of [B, Hkv, S, D] at ``index``, int64 [B or 1, Hkv or 1, m]."""
-    batch, heads, _, width = tensor.shape
-    return tensor.gather(2, index[..., None].expand(batch, heads, -1, width))
-
-
-def most_recent(seen: Tensor, count: int) -> Tensor:
-    """Which of the ``seen`` positions, bool [..., S], are among the last ``count`` of them."""
-    return seen & (seen.flip(-1).cumsum(-1).flip(-1) <= count)
-
-
-def nbytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's elements."""
-    return tensor.numel() * tensor.element_size()
-
-
-def _largest(scores: Tensor, top_k: int, local_window: int, visible: Tensor | None) -> Tensor:
-    """Positions [B, Hkv, k] of the largest ``scores`` [B, Hkv, S], the local window among them."""
-    if visible is None:
-        visible = torch.ones(1, scores.shape[-1], dtype=torch.bool, device=scores.device)
-    scores = scores.masked_fill(most_recent(visible, local_window)[:, None], math.inf)
-    # Below the 0 to which the weight of a visible key may underflow.
-    scores = scores.masked_fill(~visible[:, None], -1.0)
-    return scores.topk(top_k, sorted=False).indices

@@ -13,14 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_attn_plugin.ops.baselines import (
-    capped_scores,
-    masked_softmax,
-    most_recent,
-    nbytes,
-    take,
-    weigh,
-)
+from hf_attn_plugin.ops.baselines import capped_scores, masked_softmax, weigh_all
+from hf_attn_plugin.ops.choice import Choice, most_recent
+from hf_attn_plugin.ops.reads import nbytes
 
 _STATE = "_h2o_state"
 # Scores of one block of queries, in bytes: the whole matrix of a prompt would be S × S.
@@ -67,7 +62,7 @@ class H2OState:
         batch, kv_heads, length, _ = keys.shape
         shape = (batch, kv_heads, length - self.counted)
         new = torch.arange(self.counted, length, device=keys.device).expand(shape)
-        dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(keys.dtype, torch.float32)
         scores = torch.zeros(shape, dtype=dtype, device=keys.device)
         if visible is not None:
             scores = scores.masked_fill(~visible[:, None, self.counted :], -math.inf)
@@ -119,8 +114,9 @@ class H2OState:
         """
         index, scores = self.kept
         if self.has_evicted:
-            keys = take(keys, index)
-            values = None if values is None else take(values, index)
+            chosen = Choice(index)
+            keys, _ = chosen.take(keys)
+            values = None if values is None else chosen.take(values)[0]
         read = nbytes(keys) + (0 if values is None else nbytes(values))
         keys = keys.to(scores.dtype)  # once for all blocks
         batch, heads, q_len, _ = query.shape
@@ -139,7 +135,7 @@ class H2OState:
                 sinks,
             )
             if values is not None:
-                outputs.append(weigh(weights, values).to(query.dtype))
+                outputs.append(weigh_all(weights, values).to(query.dtype))
             drawn = weights.detach()
             if counts is not None:
                 drawn = drawn * counts[:, None, None, start:stop, None]

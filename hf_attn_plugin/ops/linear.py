@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_attn_plugin.ops.checks import check_tensors
 from hf_attn_plugin.ops.linear_state import LinearState
 from hf_attn_plugin.ops.torch.linear_chunked import Problem, chunked_linear_attention, plan_steps
 from hf_attn_plugin.ops.torch.linear_features import (
@@ -181,30 +182,7 @@ def _check(
     state: LinearState | None,
     chunk: int,
 ) -> None:
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        raise ValueError(f"linear_attention takes [batch, heads, tokens, dim]; got {shapes}.")
-    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
-        raise ValueError(f"linear_attention: batch, KV heads and keys must agree; got {shapes}.")
-    if query.shape[3] != key.shape[3] or query.shape[1] % key.shape[1]:
-        raise ValueError(
-            "linear_attention: query and key must have one head_dim, and KV heads divide query "
-            f"heads; got {shapes}."
-        )
-    if not query.dtype == key.dtype == value.dtype or not query.dtype.is_floating_point:
-        dtypes = f"{query.dtype}, {key.dtype}, {value.dtype}"
-        raise ValueError(f"linear_attention: tensors must share a float dtype; got {dtypes}.")
-    if (pattern.q_len, pattern.kv_len) != (query.shape[2], key.shape[2]):
-        raise ValueError(
-            f"linear_attention: the pattern is for {pattern.q_len} queries and {pattern.kv_len} "
-            f"keys; got {shapes}."
-        )
-    for name, tensor in pattern.tensors().items():
-        if tensor.ndim > 0 and tensor.shape[0] not in (1, query.shape[0]):
-            raise ValueError(
-                f"linear_attention: the pattern's {name} is for a batch of {tensor.shape[0]}; "
-                f"got {shapes}."
-            )
+    check_tensors("linear_attention", query, key, value, pattern)
     refused = {
         "a window": pattern.band is not None or pattern.is_sparse,
         "a dense mask": pattern.dense is not None,

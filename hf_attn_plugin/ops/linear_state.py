@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from hf_attn_plugin.ops.reads import nbytes
 from hf_attn_plugin.ops.torch.linear_features import FeatureMap
 
 _SLOT = "_linear_attention_slot"
@@ -37,7 +38,7 @@ class LinearState:
     @property
     def nbytes(self) -> int:
         """Bytes that a decoding step reads of it."""
-        return sum(t.numel() * t.element_size() for t in (self.sums, self.log_scale))
+        return nbytes(self.sums, self.log_scale)
 
 
 @dataclasses.dataclass(eq=False)
@@ -61,6 +62,13 @@ class StateSlot:
             ValueError: The state covers other tokens: some went into the cache without passing
                 through attention, or a forward pass broke off.
         """
+        if self.tokens > start:
+            raise ValueError(
+                "attn_implementation='linear': this layer attends more than once to the keys that "
+                "it put into its cache (differential attention, DiffLlama), and the cache has room "
+                "for one state. Pass use_cache=False in training, or use "
+                "attn_implementation='flash'."
+            )
         if self.tokens != start:
             raise ValueError(
                 f"attn_implementation='linear': the cache was given {start} tokens, and attention "

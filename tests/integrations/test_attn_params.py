@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import running
 from tiny import LENGTH, random_ids, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, LlamaConfig
 
@@ -22,7 +23,7 @@ from hf_attn_plugin import (
     StridedConfig,
     configure,
 )
-from hf_attn_plugin.config import parameters_of
+from hf_attn_plugin.config import head_dim_of, parameters_of
 from hf_attn_plugin.integrations import attn_params
 
 ALL = [
@@ -257,3 +258,23 @@ def test_the_rank_of_latent_attention_may_reach_the_whole_query() -> None:
     hf_attn_plugin.configure(config, hf_attn_plugin.SparQConfig(rank=192))
     with pytest.raises(ValueError, match="from 1 to 192"):
         hf_attn_plugin.configure(config, hf_attn_plugin.SparQConfig(rank=193))
+
+
+def test_layers_may_differ_in_head_dim() -> None:
+    """Gemma 4: transformers refuses to say one head_dim for all of its layers."""
+    eager = running.eager_model("gemma4_text")
+    widths = [layer.head_dim for layer in eager.config.per_layer_config]
+    assert len(set(widths)) == 2
+    assert head_dim_of(eager.config) == min(widths)
+    model = running.build(type(eager), eager.config, "sparq")
+    with pytest.raises(ValueError, match=rf"rank must be an integer from 1 to {min(widths)}"):
+        hf_attn_plugin.configure(model, SparQConfig(rank=min(widths) + 1))
+    ids = torch.arange(3, 19)[None]
+
+    def step(rank: int | None) -> Any:
+        hf_attn_plugin.configure(model, SparQConfig(rank=rank, top_k=4))
+        cache = model(ids[:, :-1]).past_key_values
+        return model(ids[:, -1:], past_key_values=cache).logits
+
+    with torch.no_grad():
+        assert not torch.equal(step(1), step(None))  # None: a quarter of each layer's own

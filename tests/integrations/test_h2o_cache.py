@@ -1,90 +1,20 @@
-"""``h2o``'s cache layer: its place in transformers' caches, and what happens to its state there."""
+"""``h2o``'s cache layer: what happens to its state there."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 
 import pytest
 import torch
-import transformers.modeling_utils  # noqa: F401  the package registers when this is imported
-from tiny import random_ids, tiny_config, tiny_model
-from transformers import cache_utils
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticCache,
-    StaticLayer,
-)
+from tiny import random_ids, tiny_model
+from transformers.cache_utils import DynamicLayer
 
 from hf_attn_plugin import H2OConfig, configure
-from hf_attn_plugin.integrations import h2o_cache, sparq_cache
-from hf_attn_plugin.integrations.h2o_cache import H2OLayer, install, uninstall
-from hf_attn_plugin.integrations.sparq_cache import SparQLayer
+from hf_attn_plugin.integrations.h2o_cache import H2OLayer
 from hf_attn_plugin.ops.h2o import H2OState, h2o_state
 
 
-def config(family: str, attn: str):
-    made = tiny_config(family)
-    made._attn_implementation = attn
-    return made
-
-
-def types(cache):
-    return [type(layer) for layer in cache.layers]
-
-
-@pytest.fixture
-def clean(registries):
-    """Nothing of ours in transformers' caches; `registries` puts everything back afterwards."""
-    uninstall()
-    sparq_cache.uninstall()
-
-
-@pytest.mark.usefixtures("clean")
-@pytest.mark.parametrize("first", [h2o_cache, sparq_cache])
-def test_both_of_our_layers_find_their_models(first):
-    before = cache_utils.get_layer_types_and_kwargs
-    second = {h2o_cache: sparq_cache, sparq_cache: h2o_cache}[first]
-    first.install()
-    second.install()
-    expected = {"h2o": H2OLayer, "sparq": SparQLayer, "eager": DynamicLayer}
-    for attn, layer in expected.items():
-        assert types(DynamicCache(config=config("llama", attn))) == [layer] * 2
-        assert types(DynamicCache(config=config("gemma3_text", attn))) == [
-            DynamicSlidingWindowLayer, layer,
-        ]  # fmt: skip
-    for attn in ("h2o", "eager"):
-        assert types(StaticCache(config("llama", attn), max_cache_len=8)) == [StaticLayer] * 2
-    second.uninstall()
-    first.uninstall()
-    assert cache_utils.get_layer_types_and_kwargs is before
-
-
-@pytest.mark.usefixtures("clean")
-def test_install_twice_and_uninstall_under_another_wrapper():
-    size = len(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING)
-    install()
-    once = cache_utils.get_layer_types_and_kwargs
-    install()
-    assert cache_utils.get_layer_types_and_kwargs is once
-    sparq_cache.install()
-    uninstall()  # ours is underneath now
-    sparq_only = {"h2o": DynamicLayer, "sparq": SparQLayer}
-    for attn, layer in sparq_only.items():
-        assert types(DynamicCache(config=config("llama", attn))) == [layer] * 2
-    sparq_cache.uninstall()
-    assert len(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING) == size
-    install()
-    assert types(DynamicCache(config=config("llama", "h2o"))) == [H2OLayer] * 2
-
-
 def test_what_we_rely_on_in_transformers():
-    function = cache_utils.get_layer_types_and_kwargs
-    while hasattr(function, "original"):
-        function = function.original
-    assert list(inspect.signature(function).parameters) == ["config"]
     theirs = {name for name in vars(DynamicLayer) if not name.startswith("_")}
     # Whatever else changes the rows or positions of a layer would have to change the state too.
     harmless = {

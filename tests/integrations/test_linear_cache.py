@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from families import running
 from tiny import counted_positions, padding_mask, random_ids, tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BartConfig, DynamicCache, StaticCache, cache_utils
+from transformers import AutoModelForCausalLM, BartConfig, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_attn_plugin import LinearConfig, configure, count_reads, redraw_features
-from hf_attn_plugin.integrations import linear_cache
+from hf_attn_plugin.integrations import cache_layers
 from hf_attn_plugin.integrations.linear_cache import LinearStateLayer
 from hf_attn_plugin.ops.linear_state import attached_slot
 
@@ -293,14 +294,20 @@ def test_the_slot_leads_back_to_nothing() -> None:
     assert attached_slot(key * 1) is None
 
 
-def test_installing_twice_is_once_and_uninstalling_undoes_it(registries: None) -> None:
-    function = cache_utils.get_layer_types_and_kwargs
-    linear_cache.install()
-    assert cache_utils.get_layer_types_and_kwargs is function
-    config, model = linear_model().config, linear_model()
+def test_a_cache_made_before_uninstalling_goes_on(registries: None) -> None:
+    model = linear_model()
     old = model(random_ids(1, 4)).past_key_values
-    linear_cache.uninstall()
-    assert types(DynamicCache(config=config)) == [DynamicLayer] * 2
+    cache_layers.uninstall()
+    assert types(DynamicCache(config=model.config)) == [DynamicLayer] * 2
+    assert types(old) == [LinearStateLayer] * 2
     model(random_ids(1, 2), past_key_values=old)
-    linear_cache.install()
-    assert types(DynamicCache(config=config)) == [LinearStateLayer] * 2
+    assert old.get_seq_length() == 6
+
+
+def test_layers_that_attend_twice_with_one_set_of_keys_are_refused() -> None:
+    eager = running.eager_model("diffllama")
+    model = running.build(type(eager), eager.config, "linear")
+    ids = random_ids(1, 8)
+    with pytest.raises(ValueError, match=r"attends more than once.*use_cache=False"):
+        model(ids)
+    model(ids, use_cache=False)

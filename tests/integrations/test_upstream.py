@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,12 @@ from transformers.modeling_utils import PreTrainedModel
 
 from hf_attn_plugin.integrations import (
     attn_params,
+    cache_layers,
     flash_name,
-    h2o_cache,
-    linear_cache,
+    packed_positions,
+    quantized_cache,
     registry,
-    sparq_cache,
+    window_cache,
 )
 from hf_attn_plugin.methods import METHODS, call
 
@@ -173,27 +175,50 @@ def test_caches_are_made_through_the_wrapped_function() -> None:
     assert hasattr(cache_utils, "STATIC_LAYER_TYPE_MAPPING")
 
 
+WRAPPED = [
+    (PreTrainedModel, "_check_and_adjust_attn_implementation"),
+    (PreTrainedModel, "set_attn_implementation"),
+    (masking_utils, "is_flash_attention_requested"),
+    (masking_utils, "_preprocess_mask_arguments"),
+    (cache_utils, "get_layer_types_and_kwargs"),
+    (cache_utils.DynamicCache, "__init__"),
+    (cache_utils.QuantizedCache, "__init__"),
+]
+
+
+def uninstall() -> None:
+    for gap in (flash_name, packed_positions, cache_layers, quantized_cache, window_cache):
+        gap.uninstall()
+    attn_params.uninstall()
+
+
 def test_wrappers_go_back_to_what_was_there(registries: None) -> None:
-    wrapped = PreTrainedModel._check_and_adjust_attn_implementation
-    original = wrapped._hf_attn_plugin_original
-    assert original.__module__ == "transformers.modeling_utils"
-    layer_types = cache_utils.get_layer_types_and_kwargs
+    wrappers = [getattr(owner, name) for owner, name in WRAPPED]
+    originals = [wrapper._hf_attn_plugin_original for wrapper in wrappers]
+    assert not any(hasattr(original, "_hf_attn_plugin_original") for original in originals)
     for _ in range(2):  # twice is once
-        flash_name.uninstall()
-        h2o_cache.uninstall()
-        linear_cache.uninstall()
-        sparq_cache.uninstall()
-        attn_params.uninstall()
-    assert PreTrainedModel._check_and_adjust_attn_implementation is original
-    assert cache_utils.get_layer_types_and_kwargs is not layer_types
-    assert cache_utils.get_layer_types_and_kwargs.__module__ == "transformers.cache_utils"
-    assert "attn_params" not in vars(PreTrainedConfig)
+        uninstall()
+        assert [getattr(owner, name) for owner, name in WRAPPED] == originals
+        assert "attn_params" not in vars(PreTrainedConfig)
     for _ in range(2):
         registry.register()
-    again = PreTrainedModel._check_and_adjust_attn_implementation
-    assert again is not original
-    assert again._hf_attn_plugin_original is original
+        again = [getattr(owner, name) for owner, name in WRAPPED]
+        assert not set(again) & set(originals)
+        assert [wrapper._hf_attn_plugin_original for wrapper in again] == originals
     assert isinstance(vars(PreTrainedConfig)["attn_params"], property)
+
+
+def test_somebody_elses_wrappers_stay(registries: None) -> None:
+    theirs = []
+    for owner, name in WRAPPED:
+        ours = getattr(owner, name)
+        theirs.append(
+            functools.wraps(ours)(lambda *args, ours=ours, **kwargs: ours(*args, **kwargs))
+        )
+        setattr(owner, name, theirs[-1])
+    uninstall()
+    registry.register()
+    assert [getattr(owner, name) for owner, name in WRAPPED] == theirs
 
 
 def test_registries_are_where_we_look() -> None:

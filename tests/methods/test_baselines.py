@@ -32,6 +32,7 @@ from hf_attn_plugin import (
     configure,
     count_reads,
 )
+from tests.methods.sparq_models import same
 
 FAMILIES = ["llama", "gemma2", "gpt_oss", "gpt2"]
 FEW = {
@@ -174,13 +175,6 @@ def generate(model, ids, mask, **kwargs):
         return_dict_in_generate=True, output_logits=True, **kwargs,
     )  # fmt: skip
     return output.sequences, torch.stack(output.logits, dim=1)
-
-
-def same(one, other):
-    torch.testing.assert_close(one[0], other[0], rtol=0, atol=0)
-    # Norms, rotary embeddings and these logits are float32 even in float64 models.
-    torch.testing.assert_close(one[1], other[1], rtol=1e-4, atol=1e-4)
-    assert one[1].isfinite().all()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import torch
 
-from hf_attn_plugin.ops.sparq.choice import Choice
+from hf_attn_plugin.ops.choice import Choice
 
 
 def numpy_softmax(scores, visible, sink=None):

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_attn_plugin.ops.baselines import attend_to, exact_topk_decode, most_recent
+from hf_attn_plugin.ops.baselines import attend_to, exact_topk_decode
+from hf_attn_plugin.ops.choice import most_recent
 from hf_attn_plugin.ops.h2o import H2OState
 
 

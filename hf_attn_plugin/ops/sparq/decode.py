@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from hf_attn_plugin.ops.sparq.choice import choose_components, choose_keys
+from hf_attn_plugin.ops.choice import choose_components, choose_keys
+from hf_attn_plugin.ops.reads import CacheReads, nbytes
+from hf_attn_plugin.ops.scores import cap, dot, hide, softmax, weigh
 from hf_attn_plugin.ops.sparq.key_copy import Components
-from hf_attn_plugin.ops.sparq.reads import CacheReads, nbytes
-from hf_attn_plugin.ops.sparq.scores import cap, dot, hide, softmax, weigh
 from hf_attn_plugin.ops.sparq.sums import BlockSums, reallocate
 
 
@@ -95,7 +95,7 @@ def sparq_decode(
         )
     batch, heads, _, head_dim = query.shape
     kv_heads, length = keys.shape[1], keys.shape[2]
-    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    accumulate = torch.promote_types(query.dtype, torch.float32)
     scaling = 1 / math.sqrt(head_dim) if scaling is None else scaling
     dense = nbytes(keys, values)
 
@@ -117,10 +117,7 @@ def sparq_decode(
     )
     chosen_keys, key_bytes = chosen.take(keys)
     chosen_values, value_bytes = chosen.take(values)
-    attended = chosen.keep
-    if attended is None and visible is not None:
-        at_batch = torch.arange(batch, device=keys.device)[:, None, None]
-        attended = visible.expand(batch, -1)[at_batch, chosen.index]
+    attended = chosen.seen(visible) if chosen.keep is None else chosen.keep
     scores = cap(dot(grouped * scaling, chosen_keys), softcap)
     if attended is not None:
         scores = scores.masked_fill(~attended[:, :, None], -math.inf)

@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_attn_plugin.ops.sparq.choice import Choice
-from hf_attn_plugin.ops.sparq.reads import nbytes
-from hf_attn_plugin.ops.sparq.scores import BLOCK, combine
+from hf_attn_plugin.ops.choice import Choice
+from hf_attn_plugin.ops.reads import nbytes
+from hf_attn_plugin.ops.scores import BLOCK, combine
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 128  # positions that share a scale and an offset, per component

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_attn_plugin.ops.reads import nbytes
 from hf_attn_plugin.ops.sparq import key_copy
 from hf_attn_plugin.ops.sparq.key_copy import FullComponents, QuantizedComponents, quantize
-from hf_attn_plugin.ops.sparq.reads import nbytes
 
 
 @dataclass(frozen=True, eq=False)

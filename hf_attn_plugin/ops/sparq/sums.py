@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_attn_plugin.ops.sparq.choice import Choice
-from hf_attn_plugin.ops.sparq.reads import nbytes
-from hf_attn_plugin.ops.sparq.scores import weigh
+from hf_attn_plugin.ops.choice import Choice
+from hf_attn_plugin.ops.reads import nbytes
+from hf_attn_plugin.ops.scores import weigh
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Scores and softmax of one query per sequence, grouped by key/value head."""
+"""Scores and softmax of decoding steps, grouped by key/value head."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_attn_plugin.ops.sparq.reads import nbytes
+from hf_attn_plugin.ops.reads import nbytes
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,13 @@ class Choice:
         """The chosen entries of ``tensor`` [B, Hkv, G, N], 0 where nothing is chosen."""
         index = self.index[:, :, None].expand(-1, -1, tensor.shape[2], -1)
         return self.masked(tensor.gather(-1, index))
+
+    def seen(self, visible: Tensor | None) -> Tensor | None:
+        """Which are ``visible``, bool [B or 1, N]: bool [B, Hkv, n], None is all."""
+        if visible is None:
+            return None
+        at_batch = torch.arange(self.index.shape[0], device=visible.device)[:, None, None]
+        return visible.expand(self.index.shape[0], -1)[at_batch, self.index]
 
     def take(self, table: Tensor) -> tuple[Tensor, int]:
         """Rows [B, Hkv, n, W] of ``table`` [B, Hkv, N, W], and the bytes read of it.
@@ -102,9 +109,7 @@ def choose_keys(
         ranking = mass.clone()
         ranking[..., mass.shape[-1] - local_window :] = math.inf
     else:
-        from_the_end = visible.flip(-1).cumsum(-1).flip(-1)
-        local = visible & (from_the_end <= local_window)
-        ranking = mass.masked_fill(local[:, None], math.inf)
+        ranking = mass.masked_fill(most_recent(visible, local_window)[:, None], math.inf)
         # Below the 0 to which the score of a visible key may underflow.
         ranking = ranking.masked_fill(~visible[:, None], -1.0)
     if coverage is None:
@@ -113,6 +118,11 @@ def choose_keys(
     keep = _reaching(mass.gather(-1, index), coverage * mass.sum(-1, keepdim=True))
     keep = (keep | ranked.isposinf()) & (ranked >= 0)
     return Choice(index, keep).trimmed()
+
+
+def most_recent(seen: Tensor, count: int) -> Tensor:
+    """Which of the ``seen`` positions, bool [..., S], are among the last ``count`` of them."""
+    return seen & (seen.flip(-1).cumsum(-1).flip(-1) <= count)
 
 
 def _reaching(descending: Tensor, target: Tensor) -> Tensor:
