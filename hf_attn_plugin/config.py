@@ -193,7 +193,7 @@ class SparQConfig(MethodConfig):
                 )
 
     def check_model(self, config: PreTrainedConfig) -> None:
-        """Refuse a rank above the model's head_dim."""
+        """Refuse a rank above the model's head_dim, the smallest where layers differ in it."""
         head_dim = head_dim_of(config)
         if head_dim is not None and self.rank is not None:
             _require_int("SparQConfig", "rank", self.rank, 1, head_dim)
@@ -333,8 +333,13 @@ ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 
 
 def head_dim_of(config: PreTrainedConfig) -> int | None:
-    """The width of one attention head, or None where the config does not tell."""
-    text = config.get_text_config()
+    """The width of one attention head, or None where the config does not tell.
+
+    The smallest where layers differ in it (Gemma 4).
+    """
+    text: Any = config.get_text_config()
+    if text.is_heterogeneous:  # what layers differ in can only be read layer by layer
+        return min((dim for dim in map(head_dim_of, text.per_layer_config) if dim), default=None)
     # Multi-head latent attention: what configs call head_dim is then only the part that RoPE turns.
     latent = [getattr(text, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
     if all(latent):

@@ -38,7 +38,7 @@ class Arguments(TextArguments, TrainingArguments):
     model: str = field(metadata={"help": "Hub id or folder"})
     kv_heads: int = field(metadata={"help": "key/value heads afterwards; 1 is multi-query"})
     output_dir: str = field(metadata={"aliases": ["--out"], "help": "checkpoints, final model"})
-    method: str = field(default="mean", metadata={"help": "mean, first or random"})
+    method: str = field(default="mean", metadata={"help": "mean, first, random or aligned"})
     original_steps: int | None = field(default=None, metadata={"help": "of the pre-training"})
     uptrain_fraction: float = field(default=0.05, metadata={"help": "of --original_steps"})
     context_length: int = field(default=2048, metadata={"help": "tokens per packed row"})

@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     model.to(device).eval()  # type: ignore[arg-type]
     tokens = None if args.text is None else _tokens(args.model, args.text)
     batches, notes = example_batches(model, tokens, length=args.length, seed=args.seed)
-    report = verify_batches(model, batches, gradients=args.gradients, notes=notes)
+    report = verify_batches(
+        model, batches, gradients=args.gradients, notes=notes, note_refusals=True
+    )
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

@@ -107,7 +107,7 @@ def choose_keys(
     """
     if visible is None:
         ranking = mass.clone()
-        ranking[..., mass.shape[-1] - local_window :] = math.inf
+        ranking[..., max(0, mass.shape[-1] - local_window) :] = math.inf
     else:
         ranking = mass.masked_fill(most_recent(visible, local_window)[:, None], math.inf)
         # Below the 0 to which the score of a visible key may underflow.

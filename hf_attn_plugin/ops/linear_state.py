@@ -60,7 +60,7 @@ class StateSlot:
 
         Raises:
             ValueError: The state covers other tokens: some went into the cache without passing
-                through attention, or a forward pass broke off.
+                through attention, a forward pass broke off, or the layer attends a second time.
         """
         if self.tokens > start:
             raise ValueError(

@@ -173,6 +173,11 @@ def expected_pairs(
     query_at = torch.arange(tokens.past, total)
     key_at = torch.arange(first_key, first_key + kv_len)
     token_of_key = key_at.clamp(max=total - 1)  # a static cache is longer; eager's mask says so
+    chunk = _chunk_size(module)
+    if chunk and not tokens.past and not tokens.told and bool(tokens.document.any()):
+        # Eager's mask of this call may know nothing of documents, and its chunks then run on from
+        # one into the next; they start anew in each.
+        allowed = _chunked(tokens, chunk)[:, None, :, token_of_key].to(device)
     if causal or tokens.told:
         apart = tokens.document[:, query_at, None] != tokens.document[:, None, token_of_key]
         allowed = allowed & ~apart[:, None].to(device)
@@ -216,6 +221,28 @@ def _kept_by_method(
         strided = parameters_of(config, StridedConfig)
         return (distance < strided.window) | (distance % strided.stride == 0)
     return None
+
+
+def _chunk_size(module: nn.Module) -> int | None:
+    """Tokens per chunk, where the model attends in chunks in this layer (Llama 4)."""
+    config: Any = getattr(module, "config", None)
+    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if not kinds or not isinstance(layer, int) or kinds[layer] != "chunked_attention":
+        return None
+    return int(config.attention_chunk_size)
+
+
+def _chunked(tokens: Tokens, size: int) -> Tensor:
+    """Bool ``[batch, tokens, tokens]``: valid keys up to the query, in its document's same chunk.
+
+    Padding on the left does not count.
+    """
+    index = torch.arange(tokens.valid.shape[1])
+    same = tokens.document[:, :, None] == tokens.document[:, None, :]
+    first = torch.where(same & tokens.valid[:, None], index, len(index)).amin(2)
+    chunk = torch.div(index - first, size, rounding_mode="floor")
+    same = same & (chunk[:, :, None] == chunk[:, None, :]) & (index[:, None] >= index)
+    return same & tokens.valid[:, None]
 
 
 def _first(tokens: Tokens, count: int) -> Tensor:

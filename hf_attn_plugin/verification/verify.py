@@ -67,7 +67,8 @@ def verify(
 
     Raises:
         ValueError: The model's attention does not go through transformers' interface, or the batch
-            is none. What the method itself refuses is raised as in any forward pass.
+            is none. What the method itself refuses is raised as in any forward pass; of batches
+            made here it becomes a note, unless none of them could run.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise ValueError(f"verify() takes a transformers model; got a {type(model).__name__}.")
@@ -75,7 +76,9 @@ def verify(
         batch = {"input_ids": batch}
     if batch is None:
         batches, notes = example_batches(model, length=length, seed=seed)
-        return verify_batches(model, batches, gradients=gradients, notes=notes)
+        return verify_batches(
+            model, batches, gradients=gradients, notes=notes, note_refusals=True
+        )
     if not isinstance(batch, Mapping) or not batch:
         raise ValueError(
             "verify() takes a batch as the model's forward does, a dictionary of tensors such as "
@@ -92,6 +95,7 @@ def verify_batches(
     *,
     gradients: bool = False,
     notes: tuple[str, ...] = (),
+    note_refusals: bool = False,
 ) -> VerifyReport:
     """`verify` on several batches, in one report.
 
@@ -100,22 +104,35 @@ def verify_batches(
         batches: Names and batches; `DecodingBatch` judges a step over the cache of a prompt.
         gradients: As in `verify`.
         notes: What the report is to say besides.
+        note_refusals: Let a batch that the model refuses become a note, as for `example_batches`:
+            whoever calls did not ask for just this one (packed documents, which models with
+            recurrent layers refuse).
 
     Returns:
         The report over all batches.
 
     Raises:
-        ValueError: As `verify`.
+        ValueError: As `verify`; with ``note_refusals`` only where no batch could run.
     """
     checks: list[LayerCheck] = []
     called: set[str] = set()
+    refusals: dict[str, ValueError] = {}
     sparse: dict[str, bool] = {}  # method: whether it left out any pair so far
     for name, batch in batches.items():
         run = _Verification(model, name, batch, gradients)
-        checks += run.checks()
+        try:
+            checks += run.checks()
+        except ValueError as error:
+            if not note_refusals:
+                raise
+            refusals[name] = error
+            continue
         called |= run.called
         for method, left_out in run.left_out.items():
             sparse[method] = sparse.get(method, False) or left_out
+    if refusals and not checks:
+        raise next(iter(refusals.values()))
+    notes += tuple(f"{name}: refused: {error}" for name, error in refusals.items())
     notes += tuple(
         f"{method} left out no pair in these batches: its window reaches over all of them, so its "
         "pattern was not put to the test; give longer ones"
@@ -177,7 +194,7 @@ class _Verification:
         self.called: set[str] = set()
         self.left_out: dict[str, bool] = {}
         self._masks: dict[int, list[tuple[Any, int]]] = collections.defaultdict(list)
-        self._prompt_keys: dict[int, tuple[Tensor, Tensor]] = {}
+        self._prompt_keys: dict[int, list[tuple[Tensor, Tensor]]] = collections.defaultdict(list)
         self._seen: collections.Counter[int] = collections.Counter()
         self._found: list[LayerCheck] = []
 
@@ -232,21 +249,21 @@ class _Verification:
 
     def _keep_prompt(self, call: InterfaceCall) -> tuple[Tensor, Any]:
         """All keys and values of the prompt: the method's cache may drop some of them."""
-        self._prompt_keys[id(call.module)] = (call.key, call.value)
+        self._prompt_keys[id(call.module)].append((call.key, call.value))
         return call.run()
 
-    def _with_all_keys(self, call: InterfaceCall, kv_len: int) -> InterfaceCall:
-        """The call with the keys that eager attention would have, ``kv_len`` of them."""
-        kept = self._prompt_keys.get(id(call.module))
+    def _with_all_keys(self, call: InterfaceCall, kv_len: int, index: int) -> InterfaceCall:
+        """The module's ``index``-th call with the ``kv_len`` keys that eager would have."""
         if call.key.shape[2] == kv_len:
             return call
-        if kept is None:
+        prompt = self._prompt_keys[id(call.module)]
+        if index >= len(prompt):
             raise ValueError(
                 f"verify(): the cache in the batch holds {call.key.shape[2]} of {kv_len} tokens at "
                 f"{self.names[id(call.module)]}, so eager attention cannot be computed over it. "
                 "Fill it from the start: verify(model) makes a decoding step of its own."
             )
-        new = call.query.shape[2]
+        kept, new = prompt[index], call.query.shape[2]
         first = kept[0].shape[2] + new - kv_len
         key, value = (
             torch.cat([old[:, :, first:], held[:, :, -new:]], 2)
@@ -266,10 +283,12 @@ class _Verification:
                 f"attn_implementation={call.implementation!r}, so there is nothing to compare with."
             )
         q_len, kv_len = call.query.shape[2], call.key.shape[2]
-        mask = self._eager_mask(call)
+        index = self._seen[id(call.module)]  # some modules attend several times
+        self._seen[id(call.module)] += 1
+        mask = self._eager_mask(call, index)
         if self.prompt is not None and mask is not None:
             kv_len = mask.shape[-1]
-        reference = self._with_all_keys(call, kv_len)
+        reference = self._with_all_keys(call, kv_len, index)
         pairs = expected_pairs(
             call.implementation,
             call.module,
@@ -300,11 +319,10 @@ class _Verification:
             )
         return result
 
-    def _eager_mask(self, call: InterfaceCall) -> Tensor | None:
-        """The mask of the same call in the eager pass."""
+    def _eager_mask(self, call: InterfaceCall, index: int) -> Tensor | None:
+        """The mask of the same call, the module's ``index``-th, in the eager pass."""
         key = id(call.module)
-        masks, index = self._masks[key], self._seen[key]
-        self._seen[key] += 1
+        masks = self._masks[key]
         q_len = call.query.shape[2]
         if index < len(masks) and masks[index][1] == q_len:
             mask: Tensor | None = masks[index][0]
