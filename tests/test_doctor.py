@@ -120,6 +120,14 @@ def test_bytes_kept_are_those_of_the_formula(
     assert rows_of(half)["dense (flash, sdpa, eager)"]["kept"] == token * LENGTH
 
 
+def test_linear_has_the_same_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_config(tmp_path, "llama", "LlamaForCausalLM")
+    line = [folder, "--length", str(LENGTH), "--attn"]
+    flash, linear = (rows_of(examine_json(capsys, *line, name)) for name in ("flash", "linear"))
+    assert linear == flash
+    assert linear["linear"]["kept"] < linear["dense (flash, sdpa, eager)"]["kept"]
+
+
 def test_windows_and_their_backends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_config(tmp_path, "gemma2", "Gemma2ForCausalLM")
     report = examine_json(capsys, folder, "--length", str(LENGTH))

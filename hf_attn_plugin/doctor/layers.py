@@ -129,11 +129,17 @@ def read_layers(model: Any, length: int) -> list[Layer]:
         inputs["decoder_input_ids"] = ids
     if "input_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{type(model).__name__} takes no input_ids")
+    name = model.config.get_text_config()._attn_implementation
     try:
+        if name == "linear":  # its cache holds no keys to tell the model's from
+            model.set_attn_implementation("flash")
         with torch.no_grad(), _PlainRow(), intercept_attention(model.modules(), note):
             output = model(**inputs)
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
         raise ValueError(f"{type(model).__name__} cannot be run without weights: {error}") from None
+    finally:
+        if name == "linear":
+            model.set_attn_implementation(name)
     names = {id(module): name for name, module in model.named_modules()}
     cache = getattr(output, "past_key_values", None)
     return [_layer(call, names[id(call.module)], cache, length) for call in calls]

@@ -78,7 +78,9 @@ class LinearStateLayer(LinearAttentionAndFullAttentionLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Only removing nothing is possible."""
-        if tokens_to_remove:
+        # A positive number is the length to keep, for transformers before 5.18.
+        nothing = 0 < self.cumulative_length <= tokens_to_remove
+        if tokens_to_remove and not nothing:
             _refuse_to_go_back()
 
 
@@ -100,5 +102,5 @@ def keeps_state(config: PreTrainedConfig) -> bool:
     return not any(
         getattr(config, name, None)
         for name in ("is_encoder_decoder", "add_cross_attention", "is_decoder", "kv_sharing_modes",
-                     "num_kv_shared_layers")
+                     "num_kv_shared_layers", "cross_attention_layers")
     )  # fmt: skip

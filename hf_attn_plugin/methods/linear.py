@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_attn_plugin.config import LinearConfig
-from hf_attn_plugin.methods.call import AttentionCall, attend, read_call
+from hf_attn_plugin.methods.call import AttentionCall, attend, chunk_size, read_call
 from hf_attn_plugin.methods.counting import record
 from hf_attn_plugin.ops.linear import linear_attention
 from hf_attn_plugin.ops.linear_state import LinearState, attached_slot
@@ -67,8 +67,9 @@ def linear_attention_forward(
             )
     elif pattern.kv_offset:
         raise ValueError(
-            f"attn_implementation='linear': {type(module).__name__} makes its keys anew from what "
-            "its cache holds (multi-head latent attention), and the cache holds a state. " + _USE
+            f"attn_implementation='linear': {type(module).__name__} changes its keys after they "
+            "went into the cache (as multi-head latent attention does, or heads that are repeated "
+            "for experts), and the cache holds a state. " + _USE
         )
     output, after = linear_attention(
         call.query,
@@ -87,14 +88,7 @@ def linear_attention_forward(
 
 def _has_own_window(call: AttentionCall) -> bool:
     """Whether the model restricts this layer to a window or to chunks."""
-    config: Any = getattr(call.module, "config", None)
-    layer_types = getattr(config, "layer_types", None)
-    layer = getattr(call.module, "layer_idx", None)
-    if layer_types and isinstance(layer, int) and layer < len(layer_types):
-        chunked = layer_types[layer] == "chunked_attention"
-    else:
-        chunked = getattr(config, "attention_chunk_size", None) is not None
-    return chunked or call.pattern.band is not None
+    return chunk_size(call.module) is not None or call.pattern.band is not None
 
 
 def _refuse(call: AttentionCall) -> None:

@@ -24,7 +24,15 @@ from tiny import (
     twin,
 )
 from torch import Tensor, nn
-from transformers import AttentionInterface, BartConfig, BartModel, T5Config, T5Model
+from transformers import (
+    AttentionInterface,
+    BartConfig,
+    BartModel,
+    MllamaForCausalLM,
+    T5Config,
+    T5Model,
+)
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from hf_attn_plugin import LinearConfig, configure, count_reads
 from hf_attn_plugin.ops.linear import reference_linear_attention
@@ -256,6 +264,21 @@ def test_latent_attention_has_no_keys_to_sum() -> None:
     with pytest.raises(ValueError, match="multi-head latent attention"):
         model(ids[:, :1], past_key_values=cache)
     model(ids, use_cache=False).logits.sum().backward()  # training needs no cache
+
+
+def test_cross_attention_layers_come_back_to_their_keys() -> None:
+    """Mllama asks the cache whether a cross-attention layer holds keys already."""
+    config = MllamaTextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, cross_attention_layers=[1],
+        initializer_range=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = MllamaForCausalLM._from_config(config, attn_implementation="linear").eval()
+    ids = random_ids(1, 6)
+    cache = model(ids[:, :4]).past_key_values
+    stepwise = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in (4, 5)]
+    whole = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(stepwise, 1), whole[:, 4:], rtol=1e-4, atol=1e-4)
 
 
 def test_favor_needs_to_know_the_layer() -> None:
