@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import shlex
@@ -31,7 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_attn_plugin.convert import plan_gqa, to_gqa
+from hf_attn_plugin.convert import to_gqa
+from hf_attn_plugin.convert.gqa_layers import Conversion
 
 METHODS = ("mean", "first", "random", "aligned", "aligned+calibration")
 UNCONVERTED = "not converted"
@@ -122,8 +124,9 @@ class Study:
         """All cells, those that a reader waits for first."""
         counts = [self.heads // 2, self.heads // 4, 1] if not self.args.heads else self.args.heads
         counts = list(dict.fromkeys(n for n in counts if n >= 1))
-        for count in counts:
-            plan_gqa(type(self.base), self.base.config, count)  # refuses before any time is spent
+        for count, name in itertools.product(counts, self.args.methods):
+            # Refuses before any time is spent.
+            Conversion(type(self.base), self.base.config, count, name.partition("+")[0])
         cells = [Cell(UNCONVERTED, self.heads)]
         for count in counts:
             for method in self.args.methods:
@@ -133,10 +136,11 @@ class Study:
 
     def run(self) -> None:
         """Measure every cell that has no result yet."""
+        cells = self.cells()
         if "before" not in self.results:
             self.results["before"] = self._loss(copy.deepcopy(self.base).to(self.args.device))
             self._save()
-        for cell in tqdm(self.cells(), desc="cells"):
+        for cell in tqdm(cells, desc="cells"):
             if cell.key in self.results["cells"]:
                 continue
             started = time.perf_counter()

@@ -4,12 +4,12 @@
         --model openlm-research/open_llama_3b_v2 --kv_heads 8 --dataset allenai/c4 \
         --dataset_config en --split 'train[:1%]' --original_steps 250000 --out runs/gqa
 
-Key/value heads are mean-pooled, then the model trains on for a part of its pre-training steps, 5 %
-as in the paper; --max_steps says the number directly. Every option of transformers' Trainer is one
-of the recipe's. The same line again goes on from the last checkpoint in --out; with --save_steps a
-multiple of --logging_steps the logged losses are then those of a run that was never stopped.
---out ends up holding the model, and the loss before conversion, after it and after uptraining in
-uptrain_results.json.
+Key/value heads are merged, by their mean or as --method says, then the model trains on for a part
+of its pre-training steps, 5 % as in the paper; --max_steps says the number directly. Every option
+of transformers' Trainer is one of the recipe's. The same line again goes on from the last
+checkpoint in --out; with --save_steps a multiple of --logging_steps the logged losses are then
+those of a run that was never stopped. --out ends up holding the model, and the loss before
+conversion, after it and after uptraining in uptrain_results.json.
 """
 
 import json
@@ -26,7 +26,8 @@ from transformers import (
 )
 
 import hf_attn_plugin  # noqa: F401  (registers the names that --attn takes)
-from hf_attn_plugin.convert import plan_gqa, to_gqa
+from hf_attn_plugin.convert import to_gqa
+from hf_attn_plugin.convert.gqa_layers import Conversion
 from hf_attn_plugin.data import TextArguments, collate_packed
 from hf_attn_plugin.training import last_checkpoint, train_from_last_checkpoint
 
@@ -64,7 +65,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         args.model, attn_implementation=args.attn, dtype=args.dtype
     )
-    plan_gqa(type(model), model.config, args.kv_heads)  # Refuses before any time is spent.
+    # Refuses before any time is spent.
+    Conversion(type(model), model.config, args.kv_heads, args.method, args.seed)
     trainer = Trainer(
         model,
         args,

@@ -178,6 +178,11 @@ def check_uptrained(out: Path, inputs: Path) -> None:
         ("finetune_long_context.py", [*LONG, "--rope_scaling=ntk"], "yarn, linear or none"),
         ("uptrain_gqa.py", GQA, "give --max_steps, or --original_steps"),
         ("uptrain_gqa.py", [*GQA, "--max_steps=1", "--kv_heads=3"], "must be one of 1, 2, 4"),
+        (
+            "uptrain_gqa.py",
+            [*GQA, "--max_steps=1", "--method=median"],
+            "method must be one of mean",
+        ),
     ],
 )
 def test_wrong_options_are_refused(
@@ -189,6 +194,7 @@ def test_wrong_options_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", inputs / "cache")
+    monkeypatch.setattr("transformers.Trainer.evaluate", None)  # refused before any time is spent
     line = [recipe, f"--model={inputs / 'model'}", f"--dataset={inputs / 'text'}", *options]
     monkeypatch.setattr(sys, "argv", [*line, f"--out={tmp_path}"])
     with pytest.raises(ValueError, match=message):

@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         required=True,
         metavar="N",
-        help="key/value heads per layer afterwards, a divisor of the present number; "
-        "1 is multi-query attention",
+        help="key/value heads per layer afterwards, a divisor of the present number and "
+        "below it; 1 is multi-query attention",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the converted model")
     parser.add_argument(
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         (f"KV cache bytes/token, {str(report.dtype).removeprefix('torch.')}", *cache),
     ):
         print(f"{label:32}{before:>16,}{after:>16,}")
+    print(f"KV cache: that of the {report.layers} layers that changed")
     if args.method == "aligned":
         print(
             f"keys turned in {report.turned_keys} of {report.layers} layers, averaged in the rest"

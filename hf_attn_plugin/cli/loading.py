@@ -47,6 +47,39 @@ def load_config(path: str) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(path)
 
 
+def check_device(name: str) -> None:
+    """Refuse a device that torch does not know or does not find.
+
+    Raises:
+        ValueError: With torch's reason.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the device {name!r} cannot be used ({reason}): name cpu, or cuda or cuda:0 where "
+            "there is one"
+        ) from error
+
+
+def check_dtype(name: str) -> None:
+    """Refuse what is neither ``auto`` nor one of torch's floating-point types.
+
+    Raises:
+        ValueError: It is none.
+    """
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"weights cannot be loaded as {name!r}: name auto, float32, bfloat16 or float16"
+        )
+
+
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that a config names in ``architectures``.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from hf_attn_plugin.cli.loading import load_config
+from hf_attn_plugin.cli.loading import check_device, check_dtype, load_config
 from hf_attn_plugin.config import head_dim_of
 from hf_attn_plugin.lm_eval import sweep, sweep_report
 
@@ -75,8 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what is missing, then write the report and the picture."""
-    if min(args.batch_size, 1 if args.limit is None else args.limit) < 1:
-        raise ValueError("--batch-size and --limit must be at least 1.")
+    counts = (args.batch_size, args.limit, args.max_length)
+    if min(count for count in counts if count is not None) < 1:
+        raise ValueError("--batch-size, --limit and --max-length must be at least 1.")
+    if not all(0 < budget <= 1 for budget in args.budgets):
+        raise ValueError("--budgets must be shares above 0 and at most 1, such as 1/2,1/4.")
+    check_dtype(args.dtype)
+    if args.device is not None:
+        check_device(args.device)
     if not isinstance(args.metadata, dict):
         raise ValueError("--metadata must be a JSON object {task: {option: value}}.")
     metrics = dict(_metric(text) for text in args.metric)
@@ -164,7 +170,10 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _fractions(text: str) -> tuple[Fraction, ...]:
-    return tuple(Fraction(word) for word in _words(text))
+    try:
+        return tuple(Fraction(word) for word in _words(text))
+    except ZeroDivisionError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} divides by zero") from error
 
 
 def _metric(text: str) -> tuple[str, str]:

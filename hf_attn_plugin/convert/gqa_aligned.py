@@ -109,7 +109,7 @@ def group_heads(
             (a, b) for a, b in itertools.combinations(range(heads), 2) if a // size != b // size
         ]
         best = min(between, key=lambda pair: change(*pair))
-        if change(*best) >= threshold:
+        if not change(*best) < threshold:  # losses that overflowed end it too
             # Groups and heads within them in the order of the heads, to move no more than needed.
             groups = sorted(sorted(order[i : i + size]) for i in range(0, heads, size))
             return [head for group in groups for head in group]

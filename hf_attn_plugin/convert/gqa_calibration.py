@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_attn_plugin.convert.gqa_plan import GqaPlan
+from hf_attn_plugin.convert.in_place import evaluating
 
 
 def input_covariances(
@@ -18,7 +19,7 @@ def input_covariances(
     """Second moments of the inputs of the layers that a conversion changes.
 
     Args:
-        model: The model before its conversion; left as it was, its mode included.
+        model: The model before its conversion; left as it was, its modules' modes included.
         plan: The conversion.
         batches: Arguments of `model.forward`, for example `{"input_ids": ...}`. Where a 2D
             `attention_mask` is among them, padding does not count.
@@ -28,8 +29,10 @@ def input_covariances(
         float64 on the CPU, `[inputs + 1, inputs + 1]`.
 
     Raises:
-        ValueError: If there is no batch, or a layer is never called.
+        ValueError: If there is no batch, one is no mapping, or a layer is never called.
     """
+    if isinstance(batches, Mapping | Tensor):
+        raise _no_batches(batches)
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     valid: Tensor | None = None
@@ -53,18 +56,17 @@ def input_covariances(
         )
         for layer in plan.layers
     ]
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             for batch in batches:
+                if not isinstance(batch, Mapping):
+                    raise _no_batches([batch])
                 mask = batch.get("attention_mask")
                 valid = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
                 model(**batch)
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
     missed = [layer.name for layer in plan.layers if not counts.get(layer.name)]
     if missed:
         raise ValueError(
@@ -72,3 +74,13 @@ def input_covariances(
             f"that the whole model takes part in"
         )
     return {name: total / counts[name] for name, total in sums.items()}
+
+
+def _no_batches(given: Any) -> ValueError:
+    held = (
+        f"a list of {type(given[0]).__name__}" if isinstance(given, list) else type(given).__name__
+    )
+    return ValueError(
+        f"calibration must be batches, each a mapping of arguments of the model's forward, such as "
+        f"[{{'input_ids': ids}}], got {held}"
+    )

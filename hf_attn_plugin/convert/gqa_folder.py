@@ -25,6 +25,7 @@ from hf_attn_plugin.convert.gqa_layers import Conversion, Method
 from hf_attn_plugin.convert.gqa_plan import build_without_weights, set_heads
 
 _STAGE = ".convert-gqa"  # holds finished shards until all are there
+_PUBLISHING = "publishing"  # in it from when they are moved: what it lacks is in place already
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
@@ -74,7 +75,7 @@ def convert_folder(
     Args:
         source: A model folder, safetensors or `pytorch_model.bin`, sharded or not.
         out: The folder for the converted model, safetensors with the same shards.
-        num_key_value_heads: As for `to_gqa`.
+        num_key_value_heads: As for `to_gqa`, but not the present number.
         method: As for `to_gqa`; `"aligned"` without calibration.
         seed: As for `to_gqa`.
         dtype: For all floating-point weights; None keeps each tensor's own.
@@ -91,6 +92,10 @@ def convert_folder(
     config = _read_config(source)
     model_class = _model_class(config)
     conversion = Conversion(model_class, config, num_key_value_heads, method, seed)
+    if conversion.plan.new_heads == conversion.plan.old_heads:
+        raise ValueError(
+            f"{source} has {num_key_value_heads} key/value heads per layer already: choose fewer"
+        )
     _check_out(source, out, overwrite)
     checkpoint = Checkpoint(source)
     skeleton = build_without_weights(model_class, copy.deepcopy(config))
@@ -98,7 +103,13 @@ def convert_folder(
     keys = _match(conversion, checkpoint, skeleton)
 
     stage = out / _STAGE
-    _prepare_stage(stage, _fingerprint(source, checkpoint, conversion, seed, dtype))
+    fingerprint = _fingerprint(source, checkpoint, conversion, seed, dtype)
+    if not _is_of(stage, fingerprint):
+        _check_held(out, overwrite)
+        shutil.rmtree(stage)
+        stage.mkdir()
+        (stage / "fingerprint").write_text(fingerprint)
+    publishing = (stage / _PUBLISHING).exists()
     writer = _Writer(conversion, checkpoint, keys, dtype)
     shards = _shard_names(checkpoint.files)
     planned = {name: writer.planned(name) for name in checkpoint.tensors}
@@ -108,7 +119,7 @@ def convert_folder(
     ) as bar:  # fmt: skip
         for file, shard in shards.items():
             part = {n: planned[n] for n, info in checkpoint.tensors.items() if info.file == file}
-            if (stage / shard).exists():  # from a run that was interrupted
+            if publishing or (stage / shard).exists():  # from a run that was interrupted
                 bar.update(_nbytes(part))
             else:
                 write_safetensors(stage / shard, part, writer.produce, bar.update)
@@ -236,6 +247,16 @@ def _is_weight(path: Path) -> bool:
 def _check_out(source: Path, out: Path, overwrite: bool) -> None:
     if out.resolve() == source.resolve():
         raise ValueError(f"--out is the model's own folder, {out}: choose another")
+    if not (out / _STAGE / _PUBLISHING).exists():  # otherwise see first whether it is this run's
+        _check_held(out, overwrite)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / _STAGE).mkdir(exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write to the folder {out}: {error}") from error
+
+
+def _check_held(out: Path, overwrite: bool) -> None:
     held = sorted(
         path.name
         for path in (out.iterdir() if out.is_dir() else ())
@@ -243,11 +264,6 @@ def _check_out(source: Path, out: Path, overwrite: bool) -> None:
     )
     if held and not overwrite:
         raise ValueError(f"{out} already holds a model ({held[0]}): use --overwrite")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / _STAGE).mkdir(exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write to the folder {out}: {error}") from error
 
 
 def _fingerprint(
@@ -272,12 +288,9 @@ def _fingerprint(
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
-def _prepare_stage(stage: Path, fingerprint: str) -> None:
+def _is_of(stage: Path, fingerprint: str) -> bool:
     kept = stage / "fingerprint"
-    if not kept.exists() or kept.read_text() != fingerprint:
-        shutil.rmtree(stage)
-        stage.mkdir()
-        kept.write_text(fingerprint)
+    return kept.exists() and kept.read_text() == fingerprint
 
 
 def _shard_names(files: list[str]) -> dict[str, str]:
@@ -369,14 +382,17 @@ def _mark_readme(source: Path, stage: Path, conversion: Conversion) -> None:
 def _publish(stage: Path, out: Path) -> None:
     """Replace what is in the folder; without config.json it does not load until all is there."""
     (out / "config.json").unlink(missing_ok=True)
-    for stale in out.iterdir():
-        if stale.is_file() and (_is_weight(stale) or stale.name == "adapter_config.json"):
-            stale.unlink()
-    (stage / "fingerprint").unlink()
-    entries = sorted(stage.iterdir(), key=lambda entry: entry.name == "config.json")
+    if not (stage / _PUBLISHING).exists():
+        for stale in out.iterdir():
+            if stale.is_file() and (_is_weight(stale) or stale.name == "adapter_config.json"):
+                stale.unlink()
+        (stage / _PUBLISHING).touch()
+    entries = sorted(stage.iterdir(), key=lambda entry: (entry.name == "config.json", entry.name))
     for entry in entries:
+        if entry.name in (_PUBLISHING, "fingerprint"):
+            continue
         target = out / entry.name
         if target.is_dir():
             shutil.rmtree(target)
         entry.replace(target)
-    stage.rmdir()
+    shutil.rmtree(stage)

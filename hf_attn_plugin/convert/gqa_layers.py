@@ -50,6 +50,8 @@ class Conversion:
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
         self.plan: GqaPlan = plan_gqa(model_class, config, num_key_value_heads)
         self.method: Method = method
         self._seed = seed

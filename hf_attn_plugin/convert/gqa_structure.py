@@ -80,10 +80,21 @@ def align_layer(
 
     Returns:
         The new values of `layer.names`, float64 on the CPU.
+
+    Raises:
+        ValueError: If a parameter or the covariance is not finite.
     """
     old = {name: read(name).detach().to("cpu", torch.float64) for name in layer.names}
     plan = layer.plan
     assert plan.values is not None
+    for name, tensor in old.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds values that are not finite")
+    if covariance is not None and not bool(torch.isfinite(covariance).all()):
+        raise ValueError(
+            f"the inputs of {plan.name} on the calibration batches are not finite, or too large: "
+            "calibrate in a wider dtype (`model.float()`), or convert without calibration"
+        )
     heads = LayerHeads(
         _rows(old, *layer.query, layer.query_heads, plan.key_dim),
         _rows(old, plan.keys[0], plan.keys[1].start, plan.heads, plan.key_dim),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from hf_attn_plugin.config import LongformerConfig, configure
+from hf_attn_plugin.convert.in_place import evaluating, replace_parameters
 from hf_attn_plugin.integrations.counters import count_reads
 
 if TYPE_CHECKING:
@@ -94,7 +94,8 @@ def to_long_encoder(
         model(**inputs, global_attention_mask=is_question)
 
     Dropout of attention weights is set to 0 in the model and its config, with a warning if it was
-    not: ``longformer`` never holds these weights and refuses it.
+    not: ``longformer`` never holds these weights and refuses it. Position tables become new
+    `Parameter` objects without gradients: create optimizers after this call.
 
     Args:
         model: An encoder with any head, or none, as `from_pretrained` returns it.
@@ -118,11 +119,9 @@ def to_long_encoder(
     _check_weights(model, plan)
     _try(model, plan)
 
-    for name in plan.tables:
-        table: Any = model.get_submodule(name)
-        # `.data` keeps the Parameter object, and with it ties, requires_grad and hooks.
-        table.weight.data = tile_positions(table.weight, plan.new_positions, plan.offset)
-        table.weight.grad = None
+    tables = {name: model.get_parameter(f"{name}.weight") for name in plan.tables}
+    tiled = {n: tile_positions(t, plan.new_positions, plan.offset) for n, t in tables.items()}
+    replace_parameters(model, {f"{n}.weight": table for n, table in tiled.items()})
     for name, shape in plan.buffers.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -346,7 +345,7 @@ def _try(model: PreTrainedModel, plan: LongEncoderPlan) -> None:
     numbers: list[Tensor] = []
     before = model.config._attn_implementation
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         for name in plan.tables:
             hook = model.get_submodule(name).register_forward_pre_hook(
                 lambda _, args: numbers.append(args[0])
@@ -379,15 +378,3 @@ def _try(model: PreTrainedModel, plan: LongEncoderPlan) -> None:
             f"{family} cannot be converted: it numbers the positions of three tokens "
             f"{numbers[0].flatten().tolist()}, and {wanted} was expected. {SUPPORTED}"
         )
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while, each module's own mode put back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from hf_attn_plugin.integrations.sparq_cache import SparQLayer
 from hf_attn_plugin.integrations.sparq_static_cache import SparQStaticLayer
@@ -17,12 +17,25 @@ def kv_cache_bytes(cache: Cache) -> dict[str, int]:
 
     Args:
         cache: Any cache of transformers' with keys and values; what its layers hold besides
-            (states of linear attention) is not counted.
+            (states of linear attention) is not counted. Of an encoder-decoder's, both parts are.
 
     Returns:
         ``keys``, ``values``, ``key_copy`` (the second copy that ``sparq`` keeps of the keys),
         ``value_sums`` (what it keeps for the mean value) and ``total``, over all layers.
+
+    Raises:
+        ValueError: This is no cache.
     """
+    if isinstance(cache, EncoderDecoderCache):
+        own = kv_cache_bytes(cache.self_attention_cache)
+        cross = kv_cache_bytes(cache.cross_attention_cache)
+        return {name: size + cross[name] for name, size in own.items()}
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"kv_cache_bytes measures a cache of transformers, got {type(cache).__name__}. It is "
+            "the `past_key_values` that a model returns with use_cache=True, and "
+            "generate(..., return_dict_in_generate=True) too."
+        )
     sizes = {"keys": 0, "values": 0, "key_copy": 0, "value_sums": 0}
     for layer in cache.layers:
         if isinstance(layer, SparQLayer | SparQStaticLayer):

@@ -38,19 +38,24 @@ def uninstall() -> None:
     from transformers import masking_utils
     from transformers.modeling_utils import PreTrainedModel
 
+    from hf_attn_plugin.integrations import forward_positions
+
     unwrap(PreTrainedModel, _CHECK)
     unwrap(PreTrainedModel, _SET)
     unwrap(masking_utils, _IS_FLASH)
+    forward_positions.uninstall()
 
 
 def _check(original: Callable[..., Any], names: frozenset[str]) -> Callable[..., Any]:
     """Our names need no kernel to be fetched."""
+    from hf_attn_plugin.integrations import forward_positions  # loads torch
 
     def check(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str | None:
         name = str(attn_implementation).removeprefix("paged|")
         if name not in names:
             return original(self, attn_implementation, *args, **kwargs)
         refuse_bypassing(type(self), name)
+        forward_positions.install(type(self), names)
         return attn_implementation if attn_implementation in paged_names(name) else name
 
     return check
@@ -58,6 +63,7 @@ def _check(original: Callable[..., Any], names: frozenset[str]) -> Callable[...,
 
 def _set(original: Callable[..., Any], names: frozenset[str]) -> Callable[..., Any]:
     """Transformers only logs a warning, and keeps the attention that the model had."""
+    from hf_attn_plugin.integrations import forward_positions  # loads torch
 
     def set_name(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
         own = attn_implementation
@@ -65,6 +71,7 @@ def _set(original: Callable[..., Any], names: frozenset[str]) -> Callable[..., A
             own = own.get("")  # the model itself; its parts are named
         if isinstance(own, str) and own in names:
             refuse_bypassing(type(self), own)
+            forward_positions.install(type(self), names)
         return original(self, attn_implementation, *args, **kwargs)
 
     return set_name

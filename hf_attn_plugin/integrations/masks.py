@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from hf_attn_plugin.integrations.forward_positions import documents_on
 from hf_attn_plugin.patterns import Pattern, PatternMask
 
 MaskFunction = Callable[..., Any]
@@ -82,12 +83,15 @@ def pattern_mask(
 
     terms = _Terms()
     known = not torch.compiler.is_compiling() and _read(mask_function, terms)
+    if terms.documents is None:
+        terms.documents = documents_on(attention_mask)
     # Left to the dense mask: a window that is open towards the end, and the empty one that models
     # with their windows switched off make and never use.
     if terms.band is not None and (not terms.causal or terms.band < 1):
         known = False
     key_valid, kv_ranks = _padding(attention_mask, kv_length, kv_offset)
     if not known:
+        told = documents_on(attention_mask)  # what `dense` knows nothing of
         pattern = Pattern(
             q_len=q_length,
             kv_len=kv_length,
@@ -96,11 +100,25 @@ def pattern_mask(
             kv_offset=kv_offset,
             key_valid=key_valid,
             kv_ranks=kv_ranks,
+            q_documents=None if told is None else told[:, :q_length],
+            kv_documents=told,
             dense=dense(),
         )
         return PatternMask(pattern, batch_size)
     bands = [band for band in (terms.band, terms.symmetric_band) if band is not None]
     documents = _documents(terms, q_length, kv_length, q_offset, kv_offset, device)
+    if terms.chunk is not None:
+        # A chunk is no document: it has no first tokens of its own.
+        own = terms.documents
+        kv_ranks = Pattern(
+            q_len=q_length,
+            kv_len=kv_length,
+            kv_offset=kv_offset,
+            key_valid=None if key_valid is None else key_valid.to(device),
+            q_documents=None if own is None else own[:, :q_length],
+            kv_documents=own,
+            kv_ranks=kv_ranks,
+        ).key_ranks(device)
     pattern = Pattern(
         q_len=q_length,
         kv_len=kv_length,
@@ -153,7 +171,7 @@ def _documents(
     kv_offset: int,
     device: torch.device | str,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Document numbers of queries and keys; attention chunks count as documents."""
+    """Document numbers of queries and keys, of which every chunk has one of its own."""
     if terms.documents is not None:
         numbers = _chunks_within(terms.documents, terms) if terms.chunk else terms.documents
         return numbers[:, :q_length], numbers  # a static cache has empty slots

@@ -1,19 +1,23 @@
 """Gap: transformers overlooks packed documents whenever a cache is made or a mask is passed.
 
 Its masks separate documents by ``position_ids`` in training only, so that a plain forward pass, in
-which a cache is made too, lets every document attend to those before it. The attention functions
-here read ``position_ids`` themselves, but not every model passes them on; the masks of our names
-are told here, where every model passes them.
+which a cache is made too, lets every document attend to those before it. In training they cut at
+every position that is not the next one, also where positions jump ahead inside one document
+(positions skipped to train for a longer context). The masks of our names are told here what is true
+of both: a document starts where positions do not go up. The attention functions read
+``position_ids`` themselves too, but not every model passes them on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_attn_plugin.integrations.forward_positions import positions_on, put_documents_on
 from hf_attn_plugin.integrations.wrapping import ORIGINAL as _MARK  # noqa: F401  a test reads it
 from hf_attn_plugin.integrations.wrapping import unwrap, wrap
 from hf_attn_plugin.patterns import PatternMask
@@ -36,6 +40,28 @@ def uninstall() -> None:
     unwrap(masking_utils, _FUNCTION)
 
 
+@contextlib.contextmanager
+def jumps_cut_nothing() -> Iterator[None]:
+    """Transformers' own masks, too, begin a document only where positions do not go up.
+
+    Inside the block eager attention is called with the documents that our names keep apart.
+    """
+    from transformers import masking_utils
+
+    original = masking_utils.find_packed_sequence_indices
+
+    def find(position_ids: Tensor) -> Tensor | None:
+        # Written without `restarts`: what it is compared with uses that.
+        cuts = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) <= 0
+        return cuts.cumsum(-1) if bool(cuts.any()) else None
+
+    masking_utils.find_packed_sequence_indices = find
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
+
+
 def _separating(original: Callable[..., Any], names: frozenset[str]) -> Callable[..., Any]:
     def preprocess(
         config: Any,
@@ -50,11 +76,22 @@ def _separating(original: Callable[..., Any], names: frozenset[str]) -> Callable
             config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs
         )
         ready, valid, documents, q_length, kv_length, q_offset, kv_offset = found
-        if config._attn_implementation not in names or ready or documents is not None:
+        if config._attn_implementation not in names or ready:
             return found
         if isinstance(attention_mask, PatternMask):  # made before, with the documents in it
             return found
-        documents = _documents(position_ids, valid, q_length, kv_length, q_offset, kv_offset)
+        if not torch.compiler.is_compiling():
+            kept = positions_on(attention_mask) if position_ids is None else None
+            positions = position_ids if kept is None else kept
+            documents = _documents(positions, valid, q_length, kv_length, q_offset, kv_offset)
+        elif (
+            documents is not None and position_ids is not None
+        ):  # all tokens of the row are new, and none is padding
+            documents = restarts(position_ids).to(torch.int64).cumsum(1)
+        if documents is not None:  # transformers looks them up by batch row
+            documents = documents.expand(inputs_embeds.shape[0], -1)
+            if position_ids is None:
+                valid, documents = put_documents_on(valid, documents), None
         return ready, valid, documents, q_length, kv_length, q_offset, kv_offset
 
     return preprocess
@@ -72,7 +109,7 @@ def _documents(
     known = isinstance(positions, Tensor) and positions.ndim in (2, 3)
     if positions is None or not known or positions.shape[-1] != q_length:
         return None
-    if q_length < 2 or torch.compiler.is_compiling():  # then no value may be looked at
+    if q_length < 2:
         return None
     if isinstance(valid, Tensor) and valid.ndim == 2:
         start = int(q_offset)

@@ -1,4 +1,4 @@
-"""Gap: transformers refuses `QuantizedCache` for ``sparq`` with a message about layer types."""
+"""Gap: transformers refuses `QuantizedCache` for our cache layers with a riddle of layer types."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.cache_utils import QuantizedCache
 
-from hf_attn_plugin.config import SparQConfig
 from hf_attn_plugin.integrations.wrapping import unwrap, wrap
+
+# Why each method that has cache layers of its own cannot use it, and what to use instead.
+REASONS = {
+    "sparq": "that one restores all keys and values at every step, so reading few of them saves "
+    "nothing. Use the default cache; SparQConfig(key_copy='int8') or 'int4' makes its second copy "
+    "of the keys smaller.",
+    "h2o": "it needs to know how much attention every key has drawn, which only the cache that is "
+    "made for it keeps. Use the default cache.",
+    "linear": "it keeps a state of fixed size, and no keys and values that could be quantized. Use "
+    "the default cache.",
+}
 
 
 def _checked(original: Callable[..., None]) -> Callable[..., None]:
@@ -17,12 +27,11 @@ def _checked(original: Callable[..., None]) -> Callable[..., None]:
         self: Any, backend: str, config: PreTrainedConfig, *args: Any, **kwargs: Any
     ) -> None:
         text_config = config.get_text_config(decoder=True)
-        if getattr(text_config, "_attn_implementation", None) == SparQConfig.name:
+        name = getattr(text_config, "_attn_implementation", None)
+        if name in REASONS:
             raise ValueError(
-                "attn_implementation='sparq' does not work over a quantized cache: that one "
-                "restores all keys and values at every step, so reading few of them saves nothing. "
-                "Use the default cache; SparQConfig(key_copy='int8') or 'int4' makes its second "
-                "copy of the keys smaller. For the quantized cache use 'flash' or 'sdpa'."
+                f"attn_implementation={name!r} does not work over a quantized cache: "
+                f"{REASONS[name]} For the quantized cache use 'flash' or 'sdpa'."
             )
         original(self, backend, config, *args, **kwargs)
 
@@ -30,7 +39,7 @@ def _checked(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def install() -> None:
-    """Let `QuantizedCache` say why ``sparq`` models cannot use it; idempotent."""
+    """Let `QuantizedCache` say why models of some methods cannot use it; idempotent."""
     wrap(QuantizedCache, "__init__", _checked)
 
 

@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from types import ModuleType
 from typing import Any
 
+from hf_attn_plugin.lm_eval.options import check_metadata
 from hf_attn_plugin.lm_eval.run import NeedleGrid, require_lm_eval
 from hf_attn_plugin.lm_eval.tasks import our_tasks, tasks_dir
 
@@ -49,6 +50,11 @@ def run_harness(arguments: Sequence[str]) -> dict[str, Any] | None:
         named = named if isinstance(named, list) else [named]
         cached = getattr(parsed, "cache_requests", None) or from_file.get("cache_requests")
         _check_request_cache(cached, [name for name in ours for p in named if fnmatch(name, p)])
+        check_metadata(
+            getattr(parsed, "metadata", None) or from_file.get("metadata"),
+            [task for name in named for task in str(name).split(",")],
+            ours,
+        )
         theirs = theirs if isinstance(theirs, list) else [theirs]
         parsed.include_path = [str(tasks_dir()), *theirs]
         if hasattr(parsed, "model"):

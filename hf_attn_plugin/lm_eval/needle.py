@@ -63,7 +63,12 @@ class NeedleTemplate:
             ("answer", {"value"}, {"value"}),
         ):
             text = getattr(self, name)
-            fields = {field for _, field, _, _ in string.Formatter().parse(text) if field}
+            try:
+                fields = {field for _, field, _, _ in string.Formatter().parse(text) if field}
+            except ValueError as error:
+                raise ValueError(
+                    f"NeedleTemplate: the braces of {name} do not match in {text!r} ({error})."
+                ) from error
             if not required <= fields or not fields <= allowed:
                 raise ValueError(
                     f"NeedleTemplate: {name} must contain {sorted(required) or 'no field'} and may "

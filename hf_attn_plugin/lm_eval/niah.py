@@ -22,6 +22,7 @@ from hf_attn_plugin.lm_eval.options import (
     parse_options,
     require_positive,
     task_tokenizer,
+    typed_fields,
 )
 from hf_attn_plugin.lm_eval.texts import encode_texts, iterate_texts
 
@@ -70,9 +71,8 @@ class NiahOptions:
 
     def __post_init__(self) -> None:
         for name in ("lengths", "depths"):
-            values = getattr(self, name)
-            if not values or not all(isinstance(value, int | float) for value in values):
-                raise ValueError(f"niah: {name} must be a list of numbers, got {values!r}.")
+            if not getattr(self, name):
+                raise ValueError(f"niah: {name} must be a list of numbers, got an empty one.")
         require_positive(
             "niah",
             samples=self.samples,
@@ -177,8 +177,4 @@ def _template_values(values: Mapping[str, Any] | None) -> dict[str, Any]:
             f"niah: template has no field {', '.join(map(repr, unknown))}; "
             f"it has {', '.join(known)}."
         )
-    parsed = dict(values or {})
-    for name in ("keys", "values"):
-        if name in parsed:
-            parsed[name] = tuple(parsed[name])
-    return parsed
+    return typed_fields(NeedleTemplate, "niah: template", values or {})

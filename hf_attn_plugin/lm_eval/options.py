@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -11,7 +13,41 @@ if TYPE_CHECKING:
 
 OptionsT = TypeVar("OptionsT")
 
-_TUPLES = ("lengths", "depths", "files", "characters")
+MODEL_ARGUMENTS = (
+    "tokenizer",
+    "pretrained",
+    "revision",
+    "subfolder",
+    "trust_remote_code",
+    "add_bos_token",
+    "max_length",
+)
+"""What our tasks read of the metadata besides their options: lm-eval puts model arguments there."""
+
+
+def check_metadata(metadata: Any, tasks: Sequence[str], ours: Sequence[str]) -> None:
+    """Refuse metadata that no task would read.
+
+    Args:
+        metadata: What the user passed as ``--metadata``.
+        tasks: The tasks that are evaluated.
+        ours: The names of our tasks and groups. Where others are evaluated too, plain values may be
+            meant for these.
+    """
+    if not isinstance(metadata, Mapping):
+        return
+    others = not set(tasks) <= set(ours)
+    unread = [
+        str(name)
+        for name, value in metadata.items()
+        if name not in (*ours, *tasks, *MODEL_ARGUMENTS)
+        and (isinstance(value, Mapping) or not others)
+    ]
+    if unread:
+        raise ValueError(
+            f"no task reads the metadata {', '.join(map(repr, unread))}: options are given as "
+            f"{{task: {{option: value}}}}, and our tasks are {', '.join(ours)}."
+        )
 
 
 def parse_options(
@@ -45,12 +81,62 @@ def parse_options(
                 f"it has {', '.join(known)}."
             )
         parsed.update(values)
-    for name in _TUPLES:
-        value = parsed.get(name)
-        if value is not None:
-            alone = isinstance(value, str | int | float)
-            parsed[name] = (value,) if alone else tuple(value)
-    return cls(**parsed)
+    return cls(**typed_fields(cls, task, parsed))
+
+
+def typed_fields(cls: Any, owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values from JSON as the fields of a dataclass have them: tuples for lists or single values.
+
+    Args:
+        cls: The dataclass, whose annotations say the types.
+        owner: What errors begin with.
+        values: By field.
+
+    Raises:
+        ValueError: A value of another type. (What a dataset is made of, `choose_dataset` says.)
+    """
+    hints = typing.get_type_hints(cls)
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        kinds = typing.get_args(hints[name]) if _is_union(hints[name]) else (hints[name],)
+        if any(typing.get_origin(kind) is tuple for kind in kinds):
+            if isinstance(value, list):
+                value = tuple(value)
+            elif isinstance(value, str | int | float):
+                value = (value,)
+        if name != "dataset" and not any(_is(value, kind) for kind in kinds):
+            wanted = " or ".join(_NAMES[kind] for kind in kinds)
+            given = list(value) if isinstance(value, tuple) else value
+            raise ValueError(f"{owner}: {name} must be {wanted}, got {given!r}.")
+        fields[name] = value
+    return fields
+
+
+_NAMES: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    Mapping[str, Any]: "an object {name: value, ...}",
+    tuple[int, ...]: "a list of integers",
+    tuple[float, ...]: "a list of numbers",
+    tuple[str, ...]: "a list of texts",
+    types.NoneType: "null",
+}
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value has the type of an annotation, one of `_NAMES`."""
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is(v, typing.get_args(kind)[0]) for v in value)
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, int | float)
+    return isinstance(value, typing.get_origin(kind) or kind)
 
 
 def require_positive(task: str, **values: Any) -> None:
@@ -115,6 +201,6 @@ def check_fits(metadata: Mapping[str, Any], task: str, tokens: int) -> None:
     if maximum is not None and tokens > int(maximum):
         raise ValueError(
             f"{task} asks for {tokens} tokens, but the model takes {maximum}: lm-eval would cut "
-            f"the prompt from the left. Ask for fewer, or pass max_length={tokens} in "
-            "--model_args to evaluate the model beyond its context."
+            f"the prompt from the left. Ask for fewer, or pass max_length={tokens} (in eval's "
+            "--model_args; --max-length in sweep) to evaluate the model beyond its context."
         )

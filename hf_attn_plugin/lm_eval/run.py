@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_attn_plugin.config import MethodConfig, configure
 from hf_attn_plugin.lm_eval.names import check_implementation
+from hf_attn_plugin.lm_eval.options import check_metadata
 from hf_attn_plugin.lm_eval.reads import KVReads
 from hf_attn_plugin.lm_eval.tasks import our_tasks, tasks_dir
 
@@ -112,6 +113,7 @@ def load_tasks(
     from lm_eval.tasks import TaskManager
 
     names = tasks.split(",") if isinstance(tasks, str) else list(tasks)
+    check_metadata(metadata, names, our_tasks())
     options = {**(metadata or {}), "tokenizer": tokenizer}
     if max_length is not None:
         options["max_length"] = max_length

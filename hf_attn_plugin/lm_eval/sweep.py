@@ -152,8 +152,8 @@ class SweepResults:
     Attributes:
         path: The file.
         content: ``{"about": …, "tasks": {task: …}, "runs": {key: {"label", "group", "attn",
-            "parameters", "refused", "tasks": {task: measurement}}}}``; a measurement is what
-            `measure` returns.
+            "parameters", "refused": {task: reason}, "tasks": {task: measurement}}}}``; a
+            measurement is what `measure` returns.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -165,7 +165,12 @@ class SweepResults:
         self.path = Path(folder) / RESULTS
         self.content: dict[str, Any] = {"about": {}, "tasks": {}, "runs": {}}
         if self.path.exists():
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            try:
+                content = json.loads(self.path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.path} cannot be read ({error}); delete it, or name another folder."
+                ) from error
             if not isinstance(content, dict) or not set(self.content) <= set(content):
                 raise ValueError(f"{self.path} is not a sweep's results; name another folder.")
             self.content = content
@@ -220,10 +225,11 @@ class SweepResults:
                 "tasks": {},
             },
         )
+        refused = run.setdefault("refused", {})
         if isinstance(measured, str):
-            run["refused"] = measured
+            refused[task] = measured
         else:
-            run.pop("refused", None)
+            refused.pop(task, None)
             run["tasks"][task] = dict(measured)
         self.save()
 
@@ -416,6 +422,13 @@ def _task_facts(task: Task, metric: str | None, limit: int | None) -> dict[str, 
     higher = task.higher_is_better()
     if not higher:
         raise ValueError(f"the task {task.task_name} has no metric.")
+    filters = [part["name"] for part in task.get_config("filter_list") or [{"name": "none"}]]
+    if filters != ["none"]:
+        raise ValueError(
+            f"the task {task.task_name} scores its answers through the filters "
+            f"{', '.join(filters)}, and a sweep compares one score per document: use a task "
+            "without a filter_list, or hf-attn eval."
+        )
     if metric is None:
         metric = next(iter(higher))
     if metric not in higher:

@@ -341,8 +341,10 @@ def _everything(sweeps: Sequence[TaskSweep], content: Mapping[str, Any]) -> list
                     _percent(found["agreement"]),
                 ]
         lines.append(f"| {' | '.join(cells)} |")
-    refused = [run for run in content["runs"].values() if "refused" in run]
-    lines += ["", *(f"- {run['label']} is refused: {run['refused']}" for run in refused)]
+    lines.append("")
+    for run in content["runs"].values():
+        for task, reason in run.get("refused", {}).items():
+            lines.append(f"- {run['label']} is refused on {task}: {reason}")
     return [*lines, ""]
 
 

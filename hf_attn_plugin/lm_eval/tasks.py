@@ -93,7 +93,10 @@ def _prompt_key(task: str, metadata: Mapping[str, Any], group: str | None) -> st
     ):
         return None  # local files, whose changes datasets itself watches
     files = options.get("files") or ()
-    paths = [Path(path) for path in ([files] if isinstance(files, str) else files)]
+    names = [files] if isinstance(files, str) else files
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return None  # making the documents says what is wrong
+    paths = [Path(name) for name in names]
     if not all(path.is_file() for path in paths):
         return None  # likewise
     stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]

@@ -228,6 +228,15 @@ def refuse_cross_attention(call: AttentionCall) -> None:
         )
 
 
+def chunk_size(module: nn.Module) -> int | None:
+    """Tokens per chunk, where the model attends within chunks in this layer (Llama 4)."""
+    config: Any = getattr(module, "config", None)
+    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if not kinds or not isinstance(layer, int) or layer >= len(kinds):
+        return getattr(config, "attention_chunk_size", None)
+    return config.attention_chunk_size if kinds[layer] == "chunked_attention" else None
+
+
 def _is_causal(module: nn.Module, extra: dict[str, Any]) -> bool:
     causal = extra.get("is_causal")
     return bool(getattr(module, "is_causal", True) if causal is None else causal)
@@ -298,11 +307,12 @@ def _pattern(
                 f"one batch row; got a batch of {query.shape[0]}. Pass position_ids that start "
                 "again at every document instead."
             )
+        chunk = chunk_size(module) if isinstance(mask, PatternMask) else None
         return once(
             pattern,
-            "cu_seq_lens",
+            ("cu_seq_lens", chunk),
             (lengths_q, lengths_k),
-            lambda: _with_lengths(pattern, lengths_q, lengths_k, exact="cache" not in extra),
+            lambda: _with_lengths(pattern, lengths_q, lengths_k, chunk, "cache" not in extra),
         )
     positions = extra.get("position_ids")
     if not isinstance(mask, PatternMask):  # a mask of the caller's own is the whole truth
@@ -425,10 +435,13 @@ def _with_restarts(pattern: Pattern, positions: Tensor) -> Pattern | None:
     return pattern.replace(q_documents=documents, kv_documents=kv_documents)
 
 
-def _with_lengths(pattern: Pattern, lengths_q: Tensor, lengths_k: Tensor, exact: bool) -> Pattern:
+def _with_lengths(
+    pattern: Pattern, lengths_q: Tensor, lengths_k: Tensor, chunk: int | None, exact: bool
+) -> Pattern:
     """Sequences laid out one after another, told by cumulative lengths (one batch row).
 
-    ``exact`` says that they cover all tokens; paged caches pad theirs.
+    ``chunk`` is the layer's own, which starts anew in every sequence. ``exact`` says that the
+    lengths cover all tokens; paged caches pad theirs.
     """
     if exact and not torch.compiler.is_compiling():
         for name, lengths, total in (
@@ -446,7 +459,12 @@ def _with_lengths(pattern: Pattern, lengths_q: Tensor, lengths_k: Tensor, exact:
                 )
     q_documents = _document_of(lengths_q, pattern.q_len)
     kv_documents = _document_of(lengths_k, pattern.kv_len)
-    if lengths_q.shape == lengths_k.shape and torch.equal(lengths_q, lengths_k):
+    same = lengths_q.shape == lengths_k.shape and torch.equal(lengths_q, lengths_k)
+    if chunk is not None and same:
+        rank = torch.arange(pattern.kv_len, device=lengths_k.device) - lengths_k[kv_documents]
+        numbers = kv_documents * pattern.kv_len + rank // chunk
+        return pattern.replace(q_documents=numbers, kv_documents=numbers, kv_ranks=rank)
+    if same:
         return pattern.replace(q_documents=q_documents, kv_documents=kv_documents)
     # Queries are the last tokens of their sequences: number both from each sequence's start.
     starts_q, starts_k = lengths_q.long(), lengths_k.long()

@@ -27,6 +27,7 @@ class CacheReadCounter:
     kv_bytes_read: int = 0
     kv_bytes_dense: int = 0
     _layers: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    _last: tuple[int, int] | None = None
 
     @property
     def decode_steps(self) -> int:
@@ -41,11 +42,20 @@ class CacheReadCounter:
     def add(self, layer: int, method: str, read: int | None, dense: int | None) -> None:
         """Count one call; ``read`` and ``dense`` are None unless it is a decoding step."""
         self.calls[method] += 1
+        self._last = None
         if read is not None and dense is not None:
+            self._last = read, dense
             self.decode_calls += 1
             self._layers[layer] += 1
             self.kv_bytes_read += read
             self.kv_bytes_dense += dense
+
+    def correct(self, read: int, dense: int) -> None:
+        """Put these in the place of what the last call counted, if it was a decoding step."""
+        if self._last is not None:
+            self.kv_bytes_read += read - self._last[0]
+            self.kv_bytes_dense += dense - self._last[1]
+            self._last = read, dense
 
 
 def record(

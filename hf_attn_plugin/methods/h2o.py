@@ -66,8 +66,9 @@ def h2o_attention(
         raise ValueError(
             "attn_implementation='h2o' needs the cache that transformers makes for it, which adds "
             f"up the attention of every key, and {type(module).__name__} came without: a static "
-            "or quantized cache, a DynamicCache() made without config=model.config, or a model "
-            "that caches something else than keys. Use the default cache, or another method, for "
+            "cache, a DynamicCache() made without config=model.config, a model that caches "
+            "something else than keys, or layers that keep keys and a recurrent state together "
+            "(Falcon-H1, Zamba2). Use the default cache, or for such models another method, for "
             "example 'sparq'."
         )
     if state is None or (module.training and torch.is_grad_enabled() and starts):

@@ -12,9 +12,11 @@ from hf_attn_plugin.config import SparQConfig
 from hf_attn_plugin.methods.call import AttentionCall, attend, read_call
 from hf_attn_plugin.methods.counting import COUNTER_ATTRIBUTE, record
 from hf_attn_plugin.methods.decoding import decodes_over_the_past, visible_to_last
+from hf_attn_plugin.ops.reads import nbytes
 from hf_attn_plugin.ops.sparq import sparq_decode
 from hf_attn_plugin.ops.sparq.key_copy import Components, StridedComponents
 from hf_attn_plugin.ops.sparq.state import SparQState, sparq_state
+from hf_attn_plugin.ops.sparq.sums import BlockSums
 from hf_attn_plugin.patterns import PatternMask
 
 
@@ -55,7 +57,13 @@ def sparq_attention(
     _check_state(call, parameters, state)
     visible = visible_to_last(call)
     sums, sums_bytes = None, 0
-    if state is not None and parameters.mean_value_reallocation:
+    own_mask = call.pattern.dense is not None and not torch.compiler.is_compiling()
+    if state is not None and parameters.mean_value_reallocation and own_mask:
+        # What its last query sees tells nothing of what later ones will.
+        if call.is_decoding:
+            sums = BlockSums.of(value, visible, parameters.mean_block)
+            sums_bytes = nbytes(value)
+    elif state is not None and parameters.mean_value_reallocation:
         # After prefill too, where the values have just been read anyway.
         sums, sums_bytes = state.sums.update(
             value, visible, parameters.mean_block, new=query.shape[2]
@@ -100,7 +108,8 @@ def _check_state(call: AttentionCall, parameters: SparQConfig, state: SparQState
             "of the keys, so every key is read to find those that matter. Where the cache was made "
             "as DynamicCache(), make it as DynamicCache(config=model.config), and decode under "
             "torch.no_grad(). Models that cache latents in place of keys (multi-head latent "
-            "attention) always read them all.",
+            "attention), and layers that keep keys and a recurrent state together (Falcon-H1, "
+            "Zamba2), always read them all.",
             stacklevel=2,
         )
 

@@ -43,6 +43,7 @@ class Tokens:
         past: Tokens that are cached already.
         told: Whether ``cu_seq_lens_q`` tells the documents, which then hold for encoders too;
             positions that start again mean documents only where attention looks back.
+        own_mask: Whether the batch holds a 4D mask.
     """
 
     valid: Tensor
@@ -51,6 +52,7 @@ class Tokens:
     marked: Tensor | None
     past: int
     told: bool
+    own_mask: bool
 
 
 def read_tokens(batch: Mapping[str, Any], past: int) -> Tokens | None:
@@ -87,6 +89,7 @@ def read_tokens(batch: Mapping[str, Any], past: int) -> Tokens | None:
         marked=None if marked is None else marked.cpu().bool(),
         past=past,
         told=isinstance(lengths, Tensor),
+        own_mask=own_mask,
     )
 
 
@@ -174,7 +177,7 @@ def expected_pairs(
     key_at = torch.arange(first_key, first_key + kv_len)
     token_of_key = key_at.clamp(max=total - 1)  # a static cache is longer; eager's mask says so
     chunk = _chunk_size(module)
-    if chunk and not tokens.past and not tokens.told and bool(tokens.document.any()):
+    if chunk and not tokens.past and not tokens.own_mask and bool(tokens.document.any()):
         # Eager's mask of this call may know nothing of documents, and its chunks then run on from
         # one into the next; they start anew in each.
         allowed = _chunked(tokens, chunk)[:, None, :, token_of_key].to(device)

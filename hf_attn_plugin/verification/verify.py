@@ -18,6 +18,7 @@ from hf_attn_plugin.integrations.attention_calls import (
     eager_names,
     intercept_attention,
 )
+from hf_attn_plugin.integrations.packed_positions import jumps_cut_nothing
 from hf_attn_plugin.methods import METHODS
 from hf_attn_plugin.verification.batches import DecodingBatch, example_batches
 from hf_attn_plugin.verification.compare import compare_gradients, compare_output
@@ -76,9 +77,7 @@ def verify(
         batch = {"input_ids": batch}
     if batch is None:
         batches, notes = example_batches(model, length=length, seed=seed)
-        return verify_batches(
-            model, batches, gradients=gradients, notes=notes, note_refusals=True
-        )
+        return verify_batches(model, batches, gradients=gradients, notes=notes, note_refusals=True)
     if not isinstance(batch, Mapping) or not batch:
         raise ValueError(
             "verify() takes a batch as the model's forward does, a dictionary of tensors such as "
@@ -200,8 +199,9 @@ class _Verification:
 
     def checks(self) -> list[LayerCheck]:
         """Run both passes."""
+        documents = jumps_cut_nothing() if self._has_our_names() else contextlib.nullcontext()
         try:
-            with eager_names(self.model):
+            with documents, eager_names(self.model):
                 self._forward(self._collect_mask, _compute_nothing)
         except ValueError as error:
             if self.batch.get("past_key_values") is None:
@@ -221,6 +221,10 @@ class _Verification:
                 "Qwen, Gemma, BERT, ...)."
             )
         return self._found
+
+    def _has_our_names(self) -> bool:
+        configs: list[Any] = [getattr(module, "config", None) for module in self.model.modules()]
+        return any(getattr(config, "_attn_implementation", None) in METHODS for config in configs)
 
     def _moved(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         kept = {k: v for k, v in batch.items() if self.seq2seq or k not in _NOT_NEEDED}

@@ -76,7 +76,14 @@ def test_from_a_folder_to_the_report(
         (["--coverages", "1.5"], "coverage must be a number above 0 and at most 1"),
         (["--metric", "f1"], "--metric takes TASK=NAME, got 'f1'"),
         (["--metadata", "[1]"], "--metadata must be a JSON object"),
-        (["--limit", "0"], "--batch-size and --limit must be at least 1"),
+        (["--limit", "0"], "--batch-size, --limit and --max-length must be at least 1"),
+        (["--max-length", "-5"], "--batch-size, --limit and --max-length must be at least 1"),
+        (["--budgets", "2"], "--budgets must be shares above 0 and at most 1"),
+        (["--device", "foo"], "the device 'foo' cannot be used .* name cpu"),
+        (["--dtype", "foo"], "cannot be loaded as 'foo': name auto, float32"),
+        (["--metadata", '{"long_bbp": {"context": 60}}'], "no task reads the metadata 'long_bbp'"),
+        (["--metadata", '{"context": 60}'], "no task reads the metadata 'context'.*long_bpb"),
+        (["--metadata", '{"long_bpb": {"samples": 1.5}}'], "samples must be an integer, got 1.5"),
     ],
 )
 def test_wrong_options(
@@ -90,6 +97,12 @@ def test_wrong_options(
     assert main([*line, *options]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "results.json").exists()
+
+
+def test_budgets_by_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sweep", "model", "--out", str(tmp_path), "--budgets", "1/0"])
+    assert "'1/0' divides by zero" in capsys.readouterr().err
 
 
 def test_there_must_be_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

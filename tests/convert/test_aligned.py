@@ -355,3 +355,52 @@ def test_what_changes_is_said_beforehand() -> None:
         name: model.get_parameter(name).shape for name in named
     }
     assert dataclasses.is_dataclass(conversion.plan)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("name", ["q_proj.weight", "k_proj.weight", "v_proj.bias", "o_proj.weight"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(heads: int, name: str, value: float) -> None:
+    model = make()
+    name = f"model.layers.1.self_attn.{name}"
+    model.get_parameter(name).data[0] = value
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=rf"{name} holds values that are not finite"):
+        to_gqa(model, heads, "aligned")
+    assert all(p.equal(before[n]) for n, p in model.named_parameters() if n != name)
+    assert model.config.num_key_value_heads == 4
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_losses_that_are_not_finite_do_not_hang(value: float) -> None:
+    layer = random_layer()
+    layer.key[0, 0, 0] = value
+    keys_alone = dataclasses.replace(HALVES, rest=torch.tensor([], dtype=torch.int64))
+    assert sorted(group_heads(layer, 2, keys_alone)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_calibration_that_overflows_is_refused(heads: int) -> None:
+    model = make()
+    model.model.layers[1].input_layernorm.weight.data.fill_(1e30)
+    with pytest.raises(ValueError, match=r"inputs of model\.layers\.1\.self_attn.*not finite"):
+        to_gqa(model, heads, "aligned", calibration=[{"input_ids": IDS}])
+    assert model.config.num_key_value_heads == 4
+
+
+def test_calibration_leaves_every_module_in_its_mode() -> None:
+    model = make().train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    to_gqa(model, 2, "aligned", calibration=[{"input_ids": IDS}])
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert len(set(before.values())) == 2
+
+
+@pytest.mark.parametrize("calibration", [[IDS], {"input_ids": IDS}, IDS, [("input_ids", IDS)]])
+def test_calibration_that_is_no_batches_is_refused(calibration: Any) -> None:
+    model = make()
+    with pytest.raises(ValueError, match=r"mapping of arguments .* such as \[\{'input_ids': ids"):
+        to_gqa(model, 2, "aligned", calibration=calibration)
+    assert model.config.num_key_value_heads == 4
+    assert not any(module._forward_pre_hooks for module in model.modules())

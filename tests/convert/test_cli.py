@@ -64,6 +64,7 @@ def test_converts_a_folder(
     # Keys and values, two layers, 8 or 2 heads of 4 components, 2 bytes.
     assert rows["KV cache bytes/token, bfloat16"] == ["256", "64"]
     assert rows["parameters"] == ["16,544", "13,472"]
+    assert "KV cache: that of the 2 layers that changed" in printed
 
     expected = to_gqa(LlamaForCausalLM.from_pretrained(source), 2)
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -123,6 +124,14 @@ def test_output_folder_is_checked_before_the_weights(
     (tmp_path / "held" / "config.json").write_text("{}")
     assert "use --overwrite" in refused([*line, str(tmp_path / "held")], capsys)
     assert (tmp_path / "held" / "config.json").read_text() == "{}"
+
+
+def test_the_present_number_is_refused(
+    weightless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [str(weightless), "--kv-heads", "8", "--out", str(tmp_path / "o")]
+    assert "has 8 key/value heads per layer already" in refused(line, capsys)
+    assert not (tmp_path / "o").exists()
 
 
 def test_overwrite(source: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -352,6 +353,26 @@ def test_a_failure_changes_nothing() -> None:
 def test_wrong_method_is_refused() -> None:
     with pytest.raises(ValueError, match="one of mean, first, random, aligned, got 'median'"):
         to_gqa(make("llama"), 4, "median")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", ["a", 2**70, -1, True, 1.5])
+def test_wrong_seeds_are_refused(seed: Any) -> None:
+    with pytest.raises(ValueError, match=r"seed must be an integer from 0 to 2\*\*32 - 1, got"):
+        to_gqa(make("llama"), 4, "random", seed=seed)
+
+
+def test_a_result_from_before_does_not_disturb_training() -> None:
+    model = make("llama", tie_word_embeddings=True)
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    ids = torch.arange(1, 13)[None]
+    before = model(input_ids=ids).logits
+    to_gqa(model, 4)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(
+        linear.weight.grad.shape == linear.weight.shape for linear in projections(model).values()
+    )
+    before.sum().backward()  # what was computed before belongs to the old weights
+    assert weight.grad.shape == weight.shape
 
 
 def test_adapters_are_refused() -> None:

@@ -76,5 +76,9 @@ def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(ValueError, match="use --fresh"):
         study.main([*line, "--steps", "3"])
+    # Refused before anything is measured.
+    with pytest.raises(ValueError, match="must be one of 1, 2, 4"):
+        study.main([*line, "--heads", "3", "--out", str(tmp_path / "other")])
+    assert not (tmp_path / "other" / "gqa.json").exists()
     with pytest.raises(ValueError, match="give more text"):
         study.main([*line, "--held-out-rows", "50"])

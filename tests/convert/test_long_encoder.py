@@ -285,6 +285,17 @@ def test_modes_and_dtype_stay() -> None:
     assert ours.bert.encoder.training
 
 
+def test_a_result_from_before_does_not_disturb_training() -> None:
+    model = encoder("bert")
+    inputs, _ = batch(OLD, [0])
+    before = model(**inputs).logits
+    to_long_encoder(model, NEW, WINDOW)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    table = model.bert.embeddings.position_embeddings
+    assert table.weight.grad.shape == table.weight.shape == (table.num_embeddings, 32)
+    assert before.grad_fn is not None
+
+
 def test_the_present_length_only_changes_the_attention() -> None:
     model = encoder("bert")
     ours = longer(model, max_positions=OLD)
@@ -303,7 +314,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("mpnet", {}, {}, "MPNetForMaskedLM computes attention by itself"),
     ("roformer", {}, {}, "RoFormerForMaskedLM computes attention by itself"),
     ("longformer", {"attention_window": 4}, {}, "computes attention by itself"),
-    ("fnet", {}, {}, "no attention modules"),
+    ("fnet", {}, {}, "holds no attention"),
 ]
 
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from families.odd import NOT_BUILT, OVERRIDES
+from families.odd import NOT_BUILT, OVERRIDES, TEXT_TOWERS
 from families.shrink import few_layers, tiny_config
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -77,6 +77,10 @@ def attempts(model_type: str) -> Iterator[tuple[Any, Any]]:
     """Model classes and configs to try in turn: small ones, then ones that only have few layers."""
     if model_type in NOT_BUILT:
         raise CannotBuildError(NOT_BUILT[model_type])
+    tower = TEXT_TOWERS.get(model_type)
+    if tower in CONFIG_MAPPING:
+        yield from attempts(tower)
+        return
     overrides = OVERRIDES.get(model_type, {})
     makers = [
         lambda: tiny_config(model_type, overrides),
@@ -90,10 +94,18 @@ def attempts(model_type: str) -> Iterator[tuple[Any, Any]]:
         except Exception as error:  # whatever a config's own checks raise
             errors.append(error)
             continue
+        if tower is not None:
+            yield _named_class(model_type, tower), config.get_text_config()
+            continue
         for cls in model_classes(model_type)[:3]:
             yield cls, config
     if len(errors) == len(makers):
         raise CannotBuildError(one_line(errors[0]))
+
+
+def _named_class(model_type: str, name: str) -> Any:
+    """A class that no auto class makes, from the file of the architecture."""
+    return getattr(inspect.getmodule(model_classes(model_type)[0]), name)
 
 
 def parameter_count(cls: Any, config: Any) -> int:

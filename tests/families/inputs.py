@@ -43,8 +43,12 @@ def is_text(model: Any) -> bool:
 
 def model_inputs(model: Any) -> dict[str, Tensor]:
     """Two rows of what the model reads."""
+    from families.odd_inputs import INPUTS
+
     taken = forward_arguments(model)
     config = model.config
+    if config.model_type in INPUTS:
+        return INPUTS[config.model_type](config)
     inputs: dict[str, Tensor] = {}
     if "input_ids" in taken and model.main_input_name not in ("input_features", "input_values"):
         inputs["input_ids"] = tokens()
@@ -57,9 +61,12 @@ def model_inputs(model: Any) -> dict[str, Tensor]:
         inputs["bbox"] = torch.cat([corners, corners + 20], -1)
     needs_pixels = "input_ids" not in taken or model.main_input_name.startswith("pixel")
     if "grid_thw" in taken:
-        inputs.update(_patches(config))
+        patches = _patches(config)
+        if "hidden_states" not in taken:
+            patches["pixel_values"] = patches.pop("hidden_states")
+        inputs.update(patches)
     elif "pixel_values" in taken and (needs_pixels or _contrastive(config)):
-        inputs["pixel_values"] = _pixels(config)
+        inputs["pixel_values"] = pixels(config)
     elif "pixel_values_videos" in taken and needs_pixels:
         channels, size = _lookup(config, "num_channels", 3), _side(config)
         inputs["pixel_values_videos"] = noise(
@@ -83,7 +90,8 @@ def _side(config: Any) -> int:
     return int(size[0] if isinstance(size, list | tuple) else size)
 
 
-def _pixels(config: Any) -> Tensor:
+def pixels(config: Any) -> Tensor:
+    """An image in each row."""
     channels = _lookup(config, "num_channels", None) or _lookup(config, "in_channels", 3)
     return noise(BATCH, channels, _side(config), _side(config))
 

@@ -100,7 +100,7 @@ def run(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
 
     output = model(**inputs)
     for key, value in output.items() if hasattr(output, "items") else enumerate(output):
-        if key not in ("past_key_values", "cache_params", "mems", "state"):
+        if key not in ("past_key_values", "cache_params", "mems", "state", "projection_attentions"):
             collect(str(key), value)
     if not found:
         raise Differs("no output to compare")
@@ -133,7 +133,12 @@ def _of_valid(found: dict[str, Tensor], valid: Tensor | None) -> dict[str, Tenso
     """Only the rows of real tokens; outputs that are not one per token mix padding in."""
     if valid is None:
         return found
-    rows = {n: v[valid.bool()] for n, v in found.items() if v.shape[:2] == valid.shape}
+    batch, length = valid.shape
+    rows = {}
+    for name, value in found.items():
+        if value.ndim > 1 and value.shape[0] == batch and value.shape[1] - length in (0, 1):
+            more = value.shape[1] - length  # a token that the model puts behind the text
+            rows[name] = value[nn.functional.pad(valid.bool(), (0, more), value=True)]
     return rows or found
 
 

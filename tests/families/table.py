@@ -16,7 +16,7 @@ _COLUMNS = ("architecture", "class", "outcome", "outputs", "gradients", *CHECKS,
 _HEAD = """\
 # `flash` beside eager attention, for every architecture
 
-Made by `pytest -m families -n 8 --families-table eval/results/families.md`
+Made by `pytest -m families --families-table eval/results/families.md`
 ({versions}, {precision}).
 Each architecture in transformers' auto mappings is made tiny with random weights, and compared.
 
@@ -27,7 +27,8 @@ Each architecture in transformers' auto mappings is made tiny with random weight
 - **refused**: a `ValueError` says why, when the model is made or called.
 - **bypassing**: the model computes attention by itself; the name is refused when it is loaded.
 - **no attention**: nothing to replace. Language models refuse the name; other backbones take it.
-- **not built**: no tiny model of it could be made here.
+- **not built**: no tiny model of it is made, for the reason given; one that fails without being
+  listed fails the sweep.
 
 `left`, `right`: padding (valid positions only). `packed`: documents in one row against each of them
 alone in eager. `dynamic`, `static`: greedy generation with that cache, batched and left-padded.
@@ -79,7 +80,8 @@ def write(folder: Path, path: Path) -> None:
 def render(results: list[Result]) -> str:
     """The table in Markdown."""
     tally = collections.Counter(result.outcome for result in results)
-    counts = ", ".join(f"{tally[name]} {name}" for name in GOOD if tally[name])
+    names = [*GOOD, *sorted(tally.keys() - set(GOOD))]
+    counts = ", ".join(f"{tally[name]} {name}" for name in names if tally[name])
     precisions = sorted({result.precision for result in results if result.precision})
     lines = [
         _HEAD.format(

@@ -107,6 +107,9 @@ def test_other_models_keep_their_caches():
 def test_a_quantized_cache_is_refused():
     with pytest.raises(ValueError, match=r"key_copy='int8'"):
         QuantizedCache("quanto", config("llama", "sparq"))
+    for attn in sorted({row.attn_implementation for row in CACHE_LAYERS}):
+        with pytest.raises(ValueError, match=f"'{attn}' does not work over.*'flash' or 'sdpa'"):
+            QuantizedCache("quanto", config("llama", attn))
 
 
 def mapping_size():

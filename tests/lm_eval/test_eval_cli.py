@@ -119,6 +119,13 @@ def test_options_are_the_fields_of_the_dataclasses():
     assert rest == ["--tasks", "niah", "long_bpb", "--limit", "4"]
 
 
+@pytest.mark.parametrize("tasks", ["niah", "niah_all", "niah*", "long_bpb,niah"])
+def test_a_heatmap_goes_with_everything_that_runs_niah(tasks):
+    command._check_heatmap(Path("grid.png"), ["--tasks", tasks])
+    with pytest.raises(ValueError, match="add niah to --tasks"):
+        command._check_heatmap(Path("grid.png"), ["--tasks", "niah_multikey"])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -128,6 +135,8 @@ def test_options_are_the_fields_of_the_dataclasses():
         ("--attn sparkle", "'sparkle' is not registered; registered are .*sparq"),
         ("--attn sliding_window --window 0", "window must be an integer >= 1"),
         ("--attn sparq --model vllm", "python -m hf_attn_plugin.lm_eval run"),
+        ('--metadata {"niahh":{"lengths":[256]}}', "no task reads the metadata 'niahh'"),
+        ('--metadata {"lengths":[256]}', "no task reads the metadata 'lengths'"),
     ],
 )
 def test_wrong_lines_are_refused_at_once(capsys, line, message):

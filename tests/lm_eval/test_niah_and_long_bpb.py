@@ -188,6 +188,14 @@ def test_a_dataset_as_haystack(tokenizer, text, tmp_path):
         ({"niah": {"lengths": [200], "template": {"digit": 3}}}, "no field 'digit'"),
         ({"niah": {"lengths": [200], "files": ["a"], "dataset": {"path": "b"}}}, "not both"),
         ({"max_length": 256}, "niah asks for 4096 tokens, but the model takes 256"),
+        ({"niah": {"lengths": [256, 300.5]}}, "lengths must be a list of integers, got .256, 3"),
+        ({"niah": {"lengths": {"256": 1}}}, "lengths must be a list of integers, got {"),
+        ({"niah": {"distractors": "a"}}, "niah: distractors must be an integer, got 'a'"),
+        ({"niah": {"template": 3}}, "niah: template must be an object"),
+        ({"niah": {"template": {"keys": 3}}}, r"template: keys must be a list of texts, got \[3\]"),
+        ({"niah": {"template": {"needle": "{value"}}}, "braces of needle do not match in '{value'"),
+        ({"niahh": {"lengths": [256]}}, "no task reads the metadata 'niahh'.*our tasks are"),
+        ({"lengths": [256]}, "no task reads the metadata 'lengths'"),
     ],
 )
 def test_wrong_options_are_refused(tokenizer, metadata, message):

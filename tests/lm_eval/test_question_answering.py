@@ -234,7 +234,7 @@ def test_what_is_loaded_from_the_hub(tokenizer, monkeypatch, task, options, expe
         ("sparq_squad", {"dataset": "folder"}, r"a dataset is given as \{path"),
         ("sparq_squad", {"dataset": {"pth": "folder"}}, r"a dataset is given as \{path"),
         ("sparq_triviaqa", {"samples": 0}, "samples must be an integer >= 1"),
-        ("cnn_dailymail", {"samples": True}, "samples must be an integer >= 1"),
+        ("cnn_dailymail", {"samples": True}, "samples must be an integer, got True"),
     ],
 )
 def test_wrong_options_are_refused(tokenizer, squad_folder, task, options, message):

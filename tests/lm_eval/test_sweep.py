@@ -170,10 +170,37 @@ def test_a_refusal_is_recorded_and_tried_again(model, tokenizer, tasks, tmp_path
     for expected in (3, 1):
         done, content = sweep(model, tokenizer, tasks[:1], tmp_path, settings)
         assert len(done) == expected
-    assert "rank must be an integer from 1 to 8" in content["runs"][wrong.key]["refused"]
+    reason = content["runs"][wrong.key]["refused"][tasks[0].task_name]
+    assert "rank must be an integer from 1 to 8" in reason
     dense = SweepSetting("dense", "dense", "sparq", SparQConfig(rank=9))
     with pytest.raises(ValueError, match="rank must be an integer from 1 to 8"):
         sweep(model, tokenizer, tasks, tmp_path / "other", [dense])
+
+
+def test_a_refusal_on_one_task_outlives_a_measurement_on_another(tmp_path):
+    results = SweepResults(tmp_path)
+    results.record(SETTINGS[0], "one", "too long")
+    results.record(SETTINGS[0], "other", {"quality": 1})
+    (run,) = SweepResults(tmp_path).content["runs"].values()
+    assert run["refused"] == {"one": "too long"}
+    results.record(SETTINGS[0], "one", {"quality": 2})
+    assert results.content["runs"][SETTINGS[0].key]["refused"] == {}
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "results.json").write_text('{"about": ')
+    with pytest.raises(ValueError, match=r"results\.json cannot be read .*another folder"):
+        SweepResults(tmp_path)
+
+
+def test_tasks_with_filters_are_refused_before_anything_is_measured(
+    model, tokenizer, text_file, tmp_path
+):
+    (task,) = tasks_with(tokenizer, text_file)[:1]
+    task.set_config("filter_list", [{"name": "strict"}, {"name": "loose"}])
+    with pytest.raises(ValueError, match=r"through the filters strict, loose"):
+        sweep(model, tokenizer, [task], tmp_path)
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_agreement(tokenizer):

@@ -124,7 +124,7 @@ def content(dense_quality=1.0):
         "runs": {
             "1": run("dense", 1.0, dense_quality, 1.0),
             "2": run("sparq a", 0.4, 0.9, 0.95),
-            "3": run("sparq b") | {"refused": "not for this model"},
+            "3": run("sparq b") | {"refused": {"niah": "not for this model"}},
         },
     }  # fmt: skip
 
@@ -137,7 +137,7 @@ def test_the_report():
     assert "| 1/4 | none reads so little | | | |" in text
     assert "| niah | 1/2 | sparq a | 0.9 | 1 | 95.0% | 40.0% |  |" in text
     assert "| dense | 100.0% | 1 | 100.0% |" in text
-    assert "- sparq b is refused: not for this model" in text
+    assert "- sparq b is refused on niah: not for this model" in text
     assert "model cannot do `" not in text
     hopeless = sweep_markdown(content(0.0))
     assert "**The model cannot do `niah`**: dense attention scores 0" in hopeless

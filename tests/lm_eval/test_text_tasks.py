@@ -190,6 +190,8 @@ def test_what_is_loaded_from_the_hub(tokenizer, monkeypatch, text, task, options
     [
         ("repetition", {"length": 100}, "has no room for an excerpt of 32 and 64 to continue"),
         ("repetition", {"depth": 1.5}, "depth must be within 0 and 1"),
+        ("repetition", {"depth": "x"}, "repetition: depth must be a number or null, got 'x'"),
+        ("repetition", {"files": [3]}, r"files must be a list of texts or null, got \[3\]"),
         ("repetition", {"excerpt": 0}, "excerpt must be an integer >= 1"),
         ("repetition", {"text": "a.txt"}, "no option 'text'; it has length, excerpt"),
         ("wikitext_bpc", {"scored": 0}, "scored must be an integer >= 1"),

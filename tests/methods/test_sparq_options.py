@@ -307,6 +307,50 @@ def test_latent_attention_works_by_reading_all_keys(name):
     assert reads.kv_bytes_read > reads.kv_bytes_dense * 12 / 18  # all keys (12 of 12 + 6)
 
 
+@pytest.mark.parametrize("block", [None, 4])
+@pytest.mark.parametrize("change", ["4D, then none", "shown later", "hidden later"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_mean_values_follow_a_mask_that_changes(block, change, static):
+    """A cache filled under another mask decodes as one that adds up its values only then."""
+    parameters = SparQConfig(rank=6, top_k=3, mean_value_reallocation=True, mean_block=block)
+    model, length = build("llama", "sparq", parameters), 14
+    ids = torch.cat([prompt()] * 4, dim=1)[:1, : length + 3]
+    hidden = torch.ones(1, length + 3, dtype=torch.long)
+    hidden[:, 3:9] = 0
+    shown = torch.ones_like(hidden)
+    first, later = {"shown later": (hidden, shown), "hidden later": (shown, hidden)}.get(
+        change, (None, shown)
+    )
+    tree = torch.ones(length, length, dtype=torch.bool).tril()
+    tree[-1, :-5] = False
+
+    def logits(forget):
+        if static:
+            cache = StaticCache(config=model.config, max_cache_len=length + 3)
+        else:
+            cache = DynamicCache(config=model.config)
+        positions = torch.arange(length + 3)[None]
+        with torch.no_grad():
+            mask = tree[None, None] if first is None else first[:, :length]
+            if static and first is None:
+                mask = torch.nn.functional.pad(mask, (0, 3))
+            model(ids[:, :length], attention_mask=mask, past_key_values=cache,
+                  position_ids=positions[:, :length])  # fmt: skip
+            if forget:
+                for layer in cache.layers:
+                    if static:
+                        layer._sums.reset()
+                    else:
+                        layer._sums.crop(0)
+            return torch.cat([
+                model(ids[:, at : at + 1], attention_mask=later[:, : at + 1], past_key_values=cache,
+                      position_ids=positions[:, at : at + 1]).logits
+                for at in range(length, length + 3)
+            ])  # fmt: skip
+
+    torch.testing.assert_close(logits(False), logits(True), rtol=1e-4, atol=1e-4)
+
+
 def test_a_cache_of_other_parameters_is_refused():
     model, ids = build("llama", "sparq", FEW), prompt()
     cache = DynamicCache(config=model.config)

@@ -113,6 +113,18 @@ def test_coverage_applies_where_everything_would_fit():
     torch.testing.assert_close(almost, dense, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [3, 17, 31, 32])
+def test_with_coverage_the_whole_local_window_is_used_where_there_are_fewer_keys(length):
+    tensors = inputs(length=length)
+    arguments = {"rank": 4, "top_k": 128, "local_window": 32, "mean_value_reallocation": False}
+    dense, whole = sparq_decode(*tensors, **arguments)
+    everything = torch.ones(1, length, dtype=torch.bool)
+    for visible in (None, everything):
+        output, reads = sparq_decode(*tensors, **arguments, coverage=0.3, visible=visible)
+        assert reads.keys == whole.keys
+        torch.testing.assert_close(output, dense, rtol=1e-6, atol=1e-6)
+
+
 def test_more_coverage_is_never_worse_and_reads_more():
     tensors = inputs(length=200)
     arguments = {"rank": 16, "top_k": 200, "local_window": 1, "mean_value_reallocation": False}

@@ -111,6 +111,9 @@ def batches() -> dict[str, dict[str, Any]]:
             "input_ids": ids, "position_ids": packed,
             "attention_mask": padding_mask(LENGTH, [0, 4], "right"),
         },
+        "positions that jump ahead": {
+            "input_ids": ids, "position_ids": packed + (packed > 4) * 9, "use_cache": False
+        },
         "labels": {"input_ids": ids, "labels": ids, "position_ids": packed, "use_cache": False},
         "marked tokens": {"input_ids": ids, "global_attention_mask": globals_},
         "embeddings": {"inputs_embeds": torch.randn(2, LENGTH, 32)},

@@ -67,6 +67,17 @@ class BlockSums:
                 weights = visible[:, first - start : last - start].expand(batch, -1)
                 self.seen[:, at] += weights.unflatten(1, shape).sum(dim=2)
 
+    def lacks(self, values: Tensor, visible: Tensor | None) -> bool:
+        """Whether these are sums of other positions than ``visible``, told by their number."""
+        wanted = values.shape[2] if visible is None else visible.sum(-1)
+        return bool((self.seen.sum(-1) != wanted).any())
+
+    def restart(self, values: Tensor, visible: Tensor | None) -> None:
+        """Sum up ``values``, whose positions begin at 0, anew and in place."""
+        self.total.zero_()
+        self.seen.zero_()
+        self.add(0, values, visible)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> BlockSums:
         """``function`` applied to every tensor."""
         return BlockSums(function(self.total), function(self.seen), self.block)
@@ -128,8 +139,8 @@ def reallocate(
 class RunningSums:
     """`BlockSums` of a growing cache, one addition per new position.
 
-    Which positions are visible is known to the attention function only, so it adds them. A position
-    keeps the visibility with which it was added.
+    Which positions are visible is known to the attention function only, so it adds them. When a
+    mask shows or hides earlier positions, all is summed up anew.
 
     Attributes:
         counted: Positions accounted for, visible or not.
@@ -138,6 +149,7 @@ class RunningSums:
     def __init__(self) -> None:
         self.counted = 0
         self._sums: BlockSums | None = None  # with room for more blocks
+        self._unmasked = True  # So far; then nothing need be compared, which would stop a GPU.
 
     def update(
         self, values: Tensor, visible: Tensor | None, block: int | None, new: int = 1
@@ -166,6 +178,10 @@ class RunningSums:
             sums = larger
         added = values[:, :, self.counted :]
         sums.add(self.counted, added, None if visible is None else visible[:, self.counted :])
+        self._unmasked = self._unmasked and visible is None
+        if not self._unmasked and sums.lacks(values, visible):
+            added = values
+            sums.restart(values, visible)
         self._sums, self.counted = sums, length
         return sums.head(blocks), nbytes(added)
 
@@ -232,6 +248,10 @@ class StaticRunningSums:
             start, stop = int(self.counted), int(self.length)
             added = values[:, :, start:stop]
             sums.add(start, added, None if visible is None else visible[:, start:stop])
+            past = values[:, :, :stop], None if visible is None else visible[:, :stop]
+            if sums.lacks(*past):
+                added = past[0]
+                sums.restart(*past)
         self.counted.copy_(self.length)
         return sums, nbytes(added)
 
