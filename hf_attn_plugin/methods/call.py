@@ -367,12 +367,15 @@ def _pattern_of_tensor(
             )
         keep = _as_bool(method, mask)[..., :kv_len].expand(-1, -1, q_len, -1)
         return Pattern(q_len=q_len, kv_len=kv_len, causal=False, dense=keep)
-    pattern = Pattern(
-        q_len=q_len,
-        kv_len=kv_len,
-        causal=_is_causal(module, extra),
-        band=extra.get("sliding_window"),
-    )
+    causal, band = _is_causal(module, extra), extra.get("sliding_window")
+    if mask is None and band is not None and not causal and kv_len > q_len:
+        raise ValueError(
+            f"attn_implementation={method!r}: {type(module).__name__} names a window of {band} "
+            "keys and passes no mask, for queries over longer keys that it attends to in both "
+            "directions; eager attention ignores such a window (DiffusionGemma means it so), a "
+            "kernel would not. Use attn_implementation='sdpa'."
+        )
+    pattern = Pattern(q_len=q_len, kv_len=kv_len, causal=causal, band=band)
     if mask is None:
         return pattern
     if mask.ndim != 2 or mask.shape[1] < kv_len:

@@ -16,15 +16,31 @@ def restarts(positions: Tensor, valid: Tensor | None = None) -> Tensor:
         valid: bool ``[batch or 1, tokens]``, False at padding; None where there is none.
 
     Returns:
-        bool ``[batch or 1, tokens]``, True at the first token of every document but the first.
+        bool ``[batch or 1, tokens]``, True at the first token of every document but the first. A
+        row in which no position goes on upwards is not numbered at all (some models pass zeros),
+        and has none.
     """
+    follows = _follows(positions, valid)
+    starts = _not_upwards(positions, valid) & follows
+    return starts & (follows & ~starts).any(1, keepdim=True)
+
+
+def _follows(positions: Tensor, valid: Tensor | None) -> Tensor:
+    """Valid tokens with a valid one before them."""
+    if valid is None:
+        valid = torch.ones(1, positions.shape[-1], dtype=torch.bool, device=positions.device)
+    seen = valid.long().cumsum(1)
+    return valid & (seen > 1)
+
+
+def _not_upwards(positions: Tensor, valid: Tensor | None) -> Tensor:
+    """Tokens whose position is not above that of the valid token before them."""
     if positions.ndim == 3:
-        return torch.stack([restarts(axis, valid) for axis in positions]).all(0)
+        return torch.stack([_not_upwards(axis, valid) for axis in positions]).all(0)
     if valid is None:
         return torch.nn.functional.pad(positions[:, 1:] <= positions[:, :-1], (1, 0))
     positions, valid = torch.broadcast_tensors(positions, valid)
     index = torch.arange(positions.shape[1], device=positions.device)
     last_valid = torch.where(valid, index, -1).cummax(1).values
     before = torch.nn.functional.pad(last_valid[:, :-1], (1, 0), value=-1)
-    previous = positions.gather(1, before.clamp(min=0))
-    return (positions <= previous) & valid & (before >= 0)
+    return positions <= positions.gather(1, before.clamp(min=0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -57,6 +57,12 @@ class PatternMask:
     __getitem__ = __invert__ = __neg__ = __bool__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
     __and__ = __rand__ = __or__ = __ror__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        raise NoMaskValuesError(_NO_VALUES.format("computes with its attention mask"))
 
     def __eq__(self, other: object) -> bool:
         return self._refuse() if isinstance(other, int | float | torch.Tensor) else self is other

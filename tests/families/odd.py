@@ -70,6 +70,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "vitpose_backbone": {"image_size": [32, 32], "patch_size": [8, 8]},
     "videomae": {"num_frames": 4},
     "timesformer": {"num_frames": 2},
+    "patchtsmixer": {"self_attn": True},
     "yolos": {"image_size": [32, 32]},
     "canary": {"encoder_config": {"num_mel_bins": 80}},
     "moonshine_streaming": {"num_key_value_heads": 4},

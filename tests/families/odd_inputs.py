@@ -201,6 +201,10 @@ INPUTS: dict[str, Callable[[Any], Inputs]] = {
     "timesfm": lambda config: {
         "past_values": noise(BATCH, 128), "past_values_padding": torch.zeros(BATCH, 128),
         "freq": torch.zeros(BATCH, 1, dtype=torch.long)},
+    "segformer": lambda config: {"pixel_values": noise(BATCH, 3, 128, 128)},
+    "speech_to_text": lambda config: {
+        "input_features": noise(BATCH, 64, config.input_feat_per_channel),
+        "decoder_input_ids": tokens(seed=4)},
     "vivit": lambda config: {"pixel_values": noise(BATCH, 4, 3, 32, 32)},
     "video_llama_3_vision": lambda config: {
         **_patch_rows(3 * config.patch_size**2)(config), "merge_sizes": torch.tensor([1, 1])},

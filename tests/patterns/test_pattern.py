@@ -7,6 +7,7 @@ import torch
 
 from hf_attn_plugin import show_pattern
 from hf_attn_plugin.patterns import Pattern, PatternMask
+from hf_attn_plugin.patterns.documents import restarts
 
 DRAWN = {
     "causal": (
@@ -294,3 +295,25 @@ def test_asking_the_mask_for_values_says_what_to_use() -> None:
     assert mask is not None
     assert mask == mask
     assert copy.deepcopy(mask).shape == mask.shape
+
+
+def test_documents_told_by_positions() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 0, 0, 0, 0], [3, 5, 9, 10, 2, 3]])
+    assert restarts(positions).int().tolist() == [
+        [0, 0, 0, 1, 0, 1],
+        [0, 0, 0, 0, 0, 0],  # not numbered at all
+        [0, 0, 0, 0, 1, 0],
+    ]
+    valid = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).bool()
+    numbered = torch.tensor([[1, 1, 0, 1, 0, 1], [0, 1, 0, 1, 1, 1]])
+    expected = [[0, 0, 0, 0, 1, 0], [0, 0, 1, 0, 0, 0]]
+    assert restarts(numbered, valid).int().tolist() == expected
+    assert restarts(torch.stack([numbered] * 3), valid).int().tolist() == expected
+
+
+def test_a_pattern_cannot_be_computed_with() -> None:
+    mask = PatternMask(Pattern(q_len=3, kv_len=3), 1)
+    with pytest.raises(ValueError, match="computes with its attention mask"):
+        torch.cat([mask, torch.ones(1, 1, 3, 1)], dim=-1)
+    with pytest.raises(ValueError, match="computes with its attention mask"):
+        torch.ones(1, 1, 3, 3) + mask
