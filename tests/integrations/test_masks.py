@@ -113,6 +113,8 @@ def packed(function: Callable, positions: Tensor, documents: Tensor) -> Callable
 
 @pytest.mark.parametrize("kind", ["causal", "window", "chunks"])
 def test_random_packed_documents(kind: str) -> None:
+    if kind == "chunks" and not hasattr(masking_utils, "packed_sequence_compatibility_function"):
+        pytest.skip("chunks run on over documents before 5.23; ours start anew (test_chunks.py)")
     for seed in range(80):
         rng = random.Random(f"{kind}{seed}")
         batch, length = rng.randrange(1, 4), rng.randrange(2, 24)
