@@ -91,6 +91,12 @@ def linearized(results: dict[str, Any]) -> list[str]:
         "loss_distilled": "linear, after distillation",
         "loss_finetuned": "linear, after fine-tuning",
     }
+    missing = ", ".join(names[key] for key in names if key not in results)
+    if missing:
+        raise ValueError(
+            f"`{results['command']}` has not measured: {missing}. Run the same line again: it goes "
+            "on from its last checkpoint."
+        )
     errors = {"loss_linear": "errors_before", "loss_distilled": "errors_after"}
     lines = [
         f"## Linearised, {results['features']}",

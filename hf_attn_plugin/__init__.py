@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hf_attn_plugin.integrations.cache_bytes import kv_cache_bytes
     from hf_attn_plugin.integrations.counters import count_reads
     from hf_attn_plugin.ops import attention
+    from hf_attn_plugin.ops.attention import SlowAttentionWarning
     from hf_attn_plugin.ops.linear import linear_attention
     from hf_attn_plugin.patterns import Pattern
     from hf_attn_plugin.patterns.picture import show_pattern
@@ -48,6 +49,7 @@ __all__ = [
     "LongformerConfig",
     "Pattern",
     "SlidingWindowConfig",
+    "SlowAttentionWarning",
     "SparQConfig",
     "StridedConfig",
     "attention",
@@ -64,6 +66,7 @@ __all__ = [
 # Public names whose modules need torch; loaded when first used.
 _LAZY = {
     "Pattern": "hf_attn_plugin.patterns",
+    "SlowAttentionWarning": "hf_attn_plugin.ops.attention",
     "attention": "hf_attn_plugin.ops",
     "count_reads": "hf_attn_plugin.integrations.counters",
     "kv_cache_bytes": "hf_attn_plugin.integrations.cache_bytes",

@@ -44,7 +44,7 @@ def test_versions_are_those_of_pyproject() -> None:
     pyproject = Path(__file__).parent.parent / "pyproject.toml"
     project = tomllib.loads(pyproject.read_text())["project"]
     lines = [*project["dependencies"]]
-    for extra in ("train", "eval", "plot"):
+    for extra in ("train", "eval", "plot", "fa4"):
         lines += project["optional-dependencies"][extra]
     named = {"python": project["requires-python"]}
     for line in lines:
@@ -159,6 +159,57 @@ def test_backends_by_method(
     lines = capsys.readouterr().out.splitlines()
     assert prefill in next(line for line in lines if "prefill, training:" in line)
     assert decoding in next(line for line in lines if "decoding:" in line)
+
+
+def large_config(folder: Path) -> str:
+    """A config of Llama-3.1-8B's layers."""
+    return save_config(
+        folder, "llama", "LlamaForCausalLM", hidden_size=4096, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072,
+    )  # fmt: skip
+
+
+def test_backends_of_a_gpu_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = large_config(tmp_path)
+    line = [folder, "--length", "16384", "--dtype", "bfloat16", "--device", "cuda:9.0"]
+
+    def backend(*options: str) -> dict[str, Any]:
+        (found,) = examine_json(capsys, *line, *options)["model"]["backends"]
+        return dict(found)
+
+    with_all = backend("--installed", "triton,flash-attn-4")
+    assert with_all["prefill"] == "FlashAttention-4"
+    assert with_all["prefill_passed_over"] == []
+    assert with_all["decoding"].startswith("Triton")
+    absent = "FlashAttention-4: not installed (pip install 'hf-attn-plugin[fa4]')"
+    with_triton = backend("--installed", "triton")
+    assert with_triton["prefill"] != "FlashAttention-4"
+    assert absent in with_triton["prefill_passed_over"]
+    window = backend("--installed", "triton", "--attn", "sliding_window", "--window", "1000")
+    assert window["prefill"].startswith("Triton")
+    assert absent in window["prefill_passed_over"]
+    assert "cuDNN, causal: no window" in window["prefill_passed_over"]
+    assert main(["doctor", *line, "--installed", "triton"]) == 0
+    text = capsys.readouterr().out
+    assert "16,384 tokens, cuda:9.0 with triton" in text
+    assert f"      not {absent}" in text
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "parts"),
+    [
+        ("--device", "cuda:0", ["'cuda:0'", "compute capability", "cuda:9.0"]),
+        ("--device", "tpu", ["'tpu'", "cpu"]),
+        ("--installed", "flash-attn", ["flash-attn", "triton, flash-attn-4"]),
+    ],
+)
+def test_unknown_targets(
+    option: str, value: str, parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_config(tmp_path, "llama", "LlamaForCausalLM")
+    assert main(["doctor", folder, option, value]) != 0
+    error = capsys.readouterr().err
+    assert all(part in error for part in parts), error
 
 
 def test_latent_caches_are_read_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attn", metavar="NAME", help="whose backends (default flash)")
     parser.add_argument("--length", type=int, metavar="N", help="tokens (default 4096)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model")
+    parser.add_argument(
+        "--device",
+        metavar="D",
+        help="choose backends for cpu or, by compute capability, a GPU here or not: cuda:9.0",
+    )
+    parser.add_argument(
+        "--installed",
+        metavar="P,…",
+        help="choose among the kernels of these packages (triton, flash-attn-4), installed or not",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_method_options(parser)
 
@@ -35,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
 
     parameters = method_parameters(args)
     if args.model is None:
-        given = [name for name in ("attn", "length", "dtype") if getattr(args, name) is not None]
+        about = ("attn", "length", "dtype", "device", "installed")
+        given = [name for name in about if getattr(args, name) is not None]
         if given:
             options = ", ".join(f"--{name}" for name in given)
             raise ValueError(f"{options}: these are about a model; name one: hf-attn doctor MODEL")
@@ -51,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
             attn=args.attn or "flash",
             length=args.length,
             dtype=None if args.dtype is None else getattr(torch, args.dtype),
+            device=args.device,
+            installed=None if args.installed is None else args.installed.split(","),
         )
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
     return 0 if report.ok else 1

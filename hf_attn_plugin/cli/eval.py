@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decode-continuation",
         action=argparse.BooleanOptionalAction,
         help="score texts token by token through the KV cache (default: for methods that act in "
-        "decoding only, such as sparq; without it these are scored as dense attention)",
+        "decoding only, such as sparq, of which one forward pass would measure dense attention)",
     )
     parser.add_argument(
         "--heatmap", metavar="FILE", type=Path, help="draw the needle grid of niah, as PNG or SVG"

@@ -18,6 +18,7 @@ COMMANDS = {
     "sweep": "hf_attn_plugin.cli.sweep",
     "verify": "hf_attn_plugin.cli.verify",
     "doctor": "hf_attn_plugin.cli.doctor",
+    "bench": "hf_attn_plugin.cli.bench",
     "list": "hf_attn_plugin.cli.list",
 }
 

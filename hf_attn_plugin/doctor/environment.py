@@ -6,6 +6,8 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import re
+from collections.abc import Collection
 
 # As pyproject.toml has them, for a package that is imported without being installed too.
 SUPPORTED: dict[str, str] = {
@@ -17,9 +19,10 @@ SUPPORTED: dict[str, str] = {
     "datasets": ">=4.0",
     "lm-eval": ">=0.4.13,<0.5",
     "matplotlib": ">=3.9",
+    "flash-attn-4": ">=4.0.0b36",
 }
-# Not required by anything here; their versions tell which kernels there could be.
-_BESIDES = ("triton", "flash-attn-4")
+# Comes with PyTorch for GPUs.
+_BESIDES = ("triton",)
 _REQUIRED = ("python", "torch", "transformers")
 
 
@@ -107,6 +110,64 @@ def devices() -> list[Device]:
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in use"
     name = platform.processor() or platform.machine()
     return [*found, Device("cpu", f"{name}, {cores}")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The device and packages that backends are chosen for.
+
+    Attributes:
+        type: ``"cuda"`` or ``"cpu"``.
+        capability: Of an NVIDIA GPU, else None.
+        installed: The packages with kernels.
+    """
+
+    type: str
+    capability: tuple[int, int] | None
+    installed: frozenset[str]
+
+    def __str__(self) -> str:
+        if self.type == "cpu":
+            return self.type
+        names = " and ".join(sorted(self.installed)) or "no package of kernels"
+        capability = "" if self.capability is None else ":{}.{}".format(*self.capability)
+        return f"{self.type}{capability} with {names}"
+
+
+def target(device: str | None = None, installed: Collection[str] | None = None) -> Target:
+    """What backends are to be chosen for.
+
+    Args:
+        device: ``"cpu"``, or ``"cuda:9.0"`` for any GPU of that compute capability, here or not.
+            None: the first GPU of this machine, or its CPU.
+        installed: Packages with kernels; None: those of this Python.
+
+    Raises:
+        ValueError: It names no such device or package.
+    """
+    import torch
+
+    from hf_attn_plugin.ops.backend import KERNEL_PACKAGES, capability_of, installed_packages
+
+    packages = installed_packages() if installed is None else frozenset(installed)
+    unknown = packages - KERNEL_PACKAGES.keys()
+    if unknown:
+        raise ValueError(
+            f"--installed: no kernels are known in {', '.join(sorted(unknown))}; "
+            f"name some of {', '.join(KERNEL_PACKAGES)}."
+        )
+    if device is None:
+        here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return Target(here.type, capability_of(here), packages)
+    told = re.fullmatch(r"cpu|cuda:(\d+)\.(\d+)", device)
+    if told is None:
+        raise ValueError(
+            f"--device must be cpu, or cuda: and a compute capability, as in cuda:9.0 (H100, "
+            f"H200); got {device!r}."
+        )
+    if device == "cpu":
+        return Target("cpu", None, packages)
+    return Target("cuda", (int(told[1]), int(told[2])), packages)
 
 
 def _version(name: str) -> str | None:

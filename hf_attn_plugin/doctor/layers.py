@@ -18,6 +18,7 @@ from hf_attn_plugin.config import (
     StridedConfig,
     parameters_of,
 )
+from hf_attn_plugin.doctor.environment import Target
 from hf_attn_plugin.integrations.attention_calls import InterfaceCall, intercept_attention
 from hf_attn_plugin.methods import METHODS
 from hf_attn_plugin.ops.backend import Call, choose_backend
@@ -221,6 +222,8 @@ class LayerBackend:
         prefill_reason: Why it is that.
         decoding: What computes a step with one new token; None in encoders.
         decoding_reason: Why it is that.
+        prefill_passed_over: Faster backends that were not taken, each with the reason.
+        decoding_passed_over: The same of the step.
     """
 
     layers: str
@@ -229,10 +232,21 @@ class LayerBackend:
     prefill_reason: str
     decoding: str | None
     decoding_reason: str | None
+    prefill_passed_over: tuple[str, ...] = ()
+    decoding_passed_over: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """One line of the report."""
+
+    backend: str
+    reason: str
+    passed_over: tuple[str, ...] = ()
 
 
 def layer_backends(
-    layers: Sequence[Layer], attn: str, dtype: torch.dtype, device_type: str
+    layers: Sequence[Layer], attn: str, dtype: torch.dtype, target: Target
 ) -> list[LayerBackend]:
     """The backends of every kind of layer under ``attn``, in the order of the layers."""
     groups: dict[str, list[Layer]] = {}
@@ -241,53 +255,76 @@ def layer_backends(
     found = []
     for kind, members in groups.items():
         layer = members[0]
-        prefill = _prefill(layer, attn, dtype, device_type)
+        prefill = _prefill(layer, attn, dtype, target)
         causal = layer.pattern.causal or layer.pattern.dense is not None
-        decoding = _decoding(layer, attn, dtype, device_type) if causal else (None, None)
-        found.append(LayerBackend(_numbers(members), kind, *prefill, *decoding))
+        decoding = _decoding(layer, attn, dtype, target) if causal else None
+        found.append(
+            LayerBackend(
+                layers=_numbers(members),
+                kind=kind,
+                prefill=prefill.backend,
+                prefill_reason=prefill.reason,
+                decoding=decoding.backend if decoding else None,
+                decoding_reason=decoding.reason if decoding else None,
+                prefill_passed_over=prefill.passed_over,
+                decoding_passed_over=decoding.passed_over if decoding else (),
+            )
+        )
     return found
 
 
-def _prefill(layer: Layer, attn: str, dtype: torch.dtype, device: str) -> tuple[str, str]:
+def _prefill(layer: Layer, attn: str, dtype: torch.dtype, target: Target) -> _Found:
     if attn not in METHODS:
-        return f"transformers' {attn}", "not one of this package's methods"
+        return _Found(f"transformers' {attn}", "not one of this package's methods")
     if attn == "linear":
-        return "linear attention in chunks", "approximates softmax, O(N) tokens"
-    return _chosen(layer, _sparse(layer, attn), dtype, device)
+        return _Found("linear attention in chunks", "approximates softmax, O(N) tokens")
+    return _chosen(layer, _sparse(layer, attn), dtype, target, needs_grad=True)
 
 
-def _decoding(layer: Layer, attn: str, dtype: torch.dtype, device: str) -> tuple[str, str]:
+def _decoding(layer: Layer, attn: str, dtype: torch.dtype, target: Target) -> _Found:
     if attn not in METHODS:
-        return f"transformers' {attn}", "not one of this package's methods"
+        return _Found(f"transformers' {attn}", "not one of this package's methods")
     if attn == "linear":
-        return "linear attention's recurrent state", "reads no keys"
+        return _Found("linear attention's recurrent state", "reads no keys")
     if METHOD_CONFIGS[attn].decode_only and layer.window is None and not layer.cross:
-        return f"{attn}'s own step in PyTorch", "reads a part of the cache; see the table below"
+        reason = "reads a part of the cache; see the table below"
+        return _Found(f"{attn}'s own step in PyTorch", reason)
     kv_len = layer.pattern.kv_len
     if layer.window is not None:
         kv_len = min(kv_len, layer.window)  # a window layer's cache holds no more
     last = Pattern(q_len=1, kv_len=kv_len, causal=layer.pattern.causal)
     pattern = _sparse(layer, attn, last)
     if not pattern.is_sparse:
-        return _chosen(layer, pattern, dtype, device)
+        return _chosen(layer, pattern, dtype, target, needs_grad=False)
     seen = int(pattern.visible("cpu").any(1).sum())
     rest = Pattern(q_len=1, kv_len=seen, causal=False)  # all of these are seen
-    backend, reason = _chosen(layer, rest, dtype, device)
-    return backend, f"over the {seen:,} of {kv_len:,} cached keys that are seen: {reason}"
+    found = _chosen(layer, rest, dtype, target, needs_grad=False)
+    reason = f"over the {seen:,} of {kv_len:,} cached keys that are seen: {found.reason}"
+    return dataclasses.replace(found, reason=reason)
 
 
-def _chosen(layer: Layer, pattern: Pattern, dtype: torch.dtype, device: str) -> tuple[str, str]:
+def _chosen(
+    layer: Layer, pattern: Pattern, dtype: torch.dtype, target: Target, needs_grad: bool
+) -> _Found:
     call = Call(
         batch=1,
+        heads=layer.heads,
+        kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        value_dim=layer.value_dim,
         dtype=dtype,
-        device_type=device,
+        device_type=target.type,
+        capability=target.capability,
         softcap=bool(layer.softcap),
         sinks=layer.sinks,
         need_lse=False,
+        needs_grad=needs_grad,
         compiling=False,
+        installed=target.installed,
     )
     choice = choose_backend(pattern, call)
-    return choice.backend.value, choice.reason
+    passed_over = tuple(map(str, choice.passed_over))
+    return _Found(choice.backend.value, choice.reason, passed_over)
 
 
 def _sparse(layer: Layer, attn: str, pattern: Pattern | None = None) -> Pattern:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from hf_attn_plugin.doctor.cache import CacheBytes, cache_bytes
-from hf_attn_plugin.doctor.environment import Device, Package, devices, packages
+from hf_attn_plugin.doctor.environment import (
+    Device,
+    Package,
+    devices,
+    packages,
+    target,
+)
 from hf_attn_plugin.doctor.layers import (
     LayerBackend,
     build_model,
@@ -30,6 +37,7 @@ class ModelReport:
         attn: The ``attn_implementation`` asked about.
         dtype: Of its weights and cache.
         length: Tokens of the prompt and the cache.
+        target: The device and packages that backends are chosen for.
         problem: Why nothing more is known, or None: the family computes attention by itself, ...
         backends: Per kind of layer.
         cache: Per method.
@@ -39,20 +47,23 @@ class ModelReport:
     attn: str
     dtype: str
     length: int
+    target: str
     problem: str | None = None
     backends: tuple[LayerBackend, ...] = ()
     cache: tuple[CacheBytes, ...] = ()
 
     def __str__(self) -> str:
         head = f"{self.name}, attn_implementation={self.attn!r}, {self.dtype}"
-        lines = [f"{head}, {self.length:,} tokens"]
+        lines = [f"{head}, {self.length:,} tokens, {self.target}"]
         if self.problem is not None:
             return "\n".join([*lines, f"  {self.problem}"])
         for found in self.backends:
             lines.append(f"  layers {found.layers}: {found.kind}")
             lines.append(f"    prefill, training: {found.prefill} ({found.prefill_reason})")
+            lines += [f"      not {reason}" for reason in found.prefill_passed_over]
             if found.decoding is not None:
                 lines.append(f"    decoding: {found.decoding} ({found.decoding_reason})")
+                lines += [f"      not {reason}" for reason in found.decoding_passed_over]
         if self.cache:
             lines += ["", *_table(self.cache, self.length)]
         return "\n".join(lines)
@@ -93,6 +104,8 @@ def examine(
     attn: str = "flash",
     length: int | None = None,
     dtype: torch.dtype | None = None,
+    device: str | None = None,
+    installed: Collection[str] | None = None,
 ) -> Report:
     """Examine this machine, and what a model would do on it. No weights are read or made.
 
@@ -102,15 +115,18 @@ def examine(
         attn: The ``attn_implementation`` whose backends are asked about.
         length: Tokens of the prompt and the cache (default: 4096, or what the model takes).
         dtype: Of weights and cache; None takes the config's, or float32.
+        device: What to choose backends for: ``"cpu"``, or ``"cuda:9.0"`` for a GPU of that compute
+            capability, here or not. None: the first of this machine.
+        installed: Packages with kernels to choose among; None: those of this Python.
 
     Returns:
         The report; what is wrong with the model is in it.
 
     Raises:
-        ValueError: A length that the model does not take.
+        ValueError: A length that the model does not take, or an unknown device or package.
     """
-    found = devices()
-    report = Report(tuple(packages()), tuple(found))
+    wanted = target(device, installed)
+    report = Report(tuple(packages()), tuple(devices()))
     if model_class is None:
         return report
     text = config.get_text_config()
@@ -128,6 +144,7 @@ def examine(
         "attn": attn,
         "dtype": str(dtype).removeprefix("torch."),
         "length": length,
+        "target": str(wanted),
     }
     try:
         layers = read_layers(build_model(model_class, config, attn, dtype), length)
@@ -146,7 +163,7 @@ def examine(
         return dataclasses.replace(report, model=ModelReport(**about, problem=str(error)))
     model = ModelReport(
         **about,
-        backends=tuple(layer_backends(layers, attn, dtype, found[0].type)),
+        backends=tuple(layer_backends(layers, attn, dtype, wanted)),
         cache=tuple(cache_bytes(layers, config, length, dtype)),
     )
     return dataclasses.replace(report, model=model)

@@ -63,6 +63,8 @@ def _check(original: Callable[..., Any], names: frozenset[str]) -> Callable[...,
 
 def _set(original: Callable[..., Any], names: frozenset[str]) -> Callable[..., Any]:
     """Transformers only logs a warning, and keeps the attention that the model had."""
+    from transformers.modeling_utils import PreTrainedModel
+
     from hf_attn_plugin.integrations import forward_positions  # loads torch
 
     def set_name(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
@@ -71,8 +73,11 @@ def _set(original: Callable[..., Any], names: frozenset[str]) -> Callable[..., A
             own = own.get("")  # the model itself; its parts are named
         if isinstance(own, str) and own in names:
             refuse_bypassing(type(self), own)
-            forward_positions.install(type(self), names)
-        return original(self, attn_implementation, *args, **kwargs)
+        result = original(self, attn_implementation, *args, **kwargs)
+        for part in self.modules():
+            if isinstance(part, PreTrainedModel) and part.config._attn_implementation in names:
+                forward_positions.install(type(part), names)
+        return result
 
     return set_name
 

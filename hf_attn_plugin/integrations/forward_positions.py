@@ -1,18 +1,14 @@
-"""Gap: some models tell neither their masks nor their attention which positions they were given.
+"""Gap: not every model tells its masks or its attention which positions it was given.
 
-Granite's hybrid models take ``position_ids`` and use them for RoPE alone, so that packed documents
-would attend to each other under any name. Where a model's own ``forward`` makes causal masks and
-hands ``position_ids`` to nobody by name, positions that start again travel on the 2D mask, from
-which `packed_positions` reads them.
+Granite's hybrids, Kosmos-2.5, CLIP's text towers and others take ``position_ids`` for RoPE or
+embeddings alone, so that packed documents would attend to each other under any name. So positions
+that start again travel on the 2D mask too, through every model with one of our names, and
+`packed_positions` reads them where the masks are made.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
 import inspect
-import sys
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -24,19 +20,19 @@ from hf_attn_plugin.patterns.documents import restarts
 
 _POSITIONS = "_hf_attn_plugin_positions"
 _DOCUMENTS = "_hf_attn_plugin_documents"
-_MASK_MAKERS = frozenset({"create_causal_mask", "create_masks_for_generate"})
+
+OWN_MASKS = frozenset({"modeling_blt", "modeling_glm5_next", "modeling_kosmos2"})
+"""Modeling files of decoders that draw masks by themselves (BLT of its patches) and ask nothing."""
 
 
 def install(model_class: Any, names: frozenset[str]) -> None:
-    """Wrap ``forward`` of the classes in this one's file that keep positions to themselves.
+    """Wrap ``forward`` of a model class that takes positions and a mask; idempotent.
 
-    Idempotent. It is done when a model is given one of our names: before, its file is not loaded.
+    It is done when a model is given one of our names: before, its file is not loaded.
     """
-    file = model_class.__module__
-    classes: list[Any] = [x for x in vars(sys.modules[file]).values() if inspect.isclass(x)]
-    for cls in classes:
-        if cls.__module__ == file and keeps_positions(cls):
-            wrap(cls, "forward", lambda original: _telling(original, names))
+    owner = next(cls for cls in model_class.__mro__ if "forward" in vars(cls))
+    if {"position_ids", "attention_mask"} <= set(inspect.signature(owner.forward).parameters):
+        wrap(owner, "forward", lambda original: _telling(original, names))
 
 
 def uninstall() -> None:
@@ -71,33 +67,13 @@ def documents_on(attention_mask: Any) -> Tensor | None:
     return getattr(attention_mask, _DOCUMENTS, None)
 
 
-@functools.cache
-def keeps_positions(cls: Any) -> bool:
-    """Whether a model's own ``forward`` makes causal masks and passes ``position_ids`` to none."""
-    forward = vars(cls).get("forward")
-    if forward is None or "position_ids" not in inspect.signature(forward).parameters:
-        return False
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError):
-        return False
-    nodes = list(ast.walk(tree))
-    told = any(isinstance(node, ast.keyword) and node.arg == "position_ids" for node in nodes)
-    keys = [key for node in nodes if isinstance(node, ast.Dict) for key in node.keys]
-    told = told or any(
-        isinstance(key, ast.Constant) and key.value == "position_ids" for key in keys
-    )
-    makes = any(isinstance(node, ast.Name) and node.id in _MASK_MAKERS for node in nodes)
-    return makes and not told
-
-
 def _telling(original: Callable[..., Any], names: frozenset[str]) -> Callable[..., Any]:
     order = list(inspect.signature(original).parameters)[1:]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.config._attn_implementation in names and not torch.compiler.is_compiling():
             by_name = {**dict(zip(order, args, strict=False)), **kwargs}
-            mask = _mask_with_positions(by_name)
+            mask = _mask_with_positions(self, by_name)
             if mask is not None:
                 args, kwargs = (), {**by_name, "attention_mask": mask}
         return original(self, *args, **kwargs)
@@ -105,19 +81,32 @@ def _telling(original: Callable[..., Any], names: frozenset[str]) -> Callable[..
     return forward
 
 
-def _mask_with_positions(arguments: dict[str, Any]) -> Tensor | None:
-    """The call's mask with its positions on it; None where they tell no documents."""
+def _mask_with_positions(model: Any, arguments: dict[str, Any]) -> Tensor | None:
+    """The call's mask with its positions on it; None where they tell no documents, or are told."""
     positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
-    if not isinstance(positions, Tensor) or not bool(restarts(positions).any()):
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    told = positions_on(mask) is positions or arguments.get("cu_seq_lens_q") is not None
+    if told or not isinstance(positions, Tensor) or not isinstance(tokens, Tensor):
         return None
+    length = tokens.shape[1]
+    if positions.shape[-1] != length:
+        return None
+    valid = None
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
+        valid = mask[:, mask.shape[1] - length :].bool()  # padding is numbered in any way
+    if not bool(restarts(positions, valid).any()):
+        return None
+    if type(model).__module__.rpartition(".")[2] in OWN_MASKS:
+        raise ValueError(
+            f"{type(model).__name__} draws masks by itself that do not follow position_ids, so "
+            "that packed documents (position_ids that start again) would attend to each other. "
+            "Pass each document as a batch row of its own."
+        )
     if mask is None:
-        tokens = arguments.get("input_ids")
-        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
         cache = arguments.get("past_key_values")
-        if tokens is None:
-            return None
         past = 0 if cache is None else int(cache.get_seq_length())
-        mask = positions.new_ones(tokens.shape[0], past + tokens.shape[1])
+        mask = positions.new_ones(tokens.shape[0], past + length)
     elif not isinstance(mask, Tensor) or mask.ndim != 2:  # made already, or the whole truth
         return None
     mask = mask.view_as(mask)  # the caller's tensor stays as it is

@@ -83,7 +83,8 @@ def pattern_mask(
 
     terms = _Terms()
     known = not torch.compiler.is_compiling() and _read(mask_function, terms)
-    if terms.documents is None:
+    # Positions that start again mean documents only where attention looks back.
+    if terms.documents is None and terms.causal:
         terms.documents = documents_on(attention_mask)
     # Left to the dense mask: a window that is open towards the end, and the empty one that models
     # with their windows switched off make and never use.

@@ -17,6 +17,7 @@ from typing import Any
 
 # A class picked by the implementation's name from a table that knows only transformers' own names.
 _PICKED_BY_NAME = re.compile(r"_CLASSES\[\s*(?:\w+\.)?_?attn_implementation\s*\]")
+_FROM_FAMILY = re.compile(r"^from \.\.\w+\.modeling_\w+ import (\([^)]*\)|.*)$", re.MULTILINE)
 _OWN_ATTENTION = re.compile(r"^class \w*Attention\w*\(nn\.Module\):", re.MULTILINE)
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
 _ATTENTION_CODE = re.compile(r"softmax|scaled_dot_product|MultiheadAttention|get_interface\(")
@@ -27,12 +28,13 @@ def uses_interface(model_class: Any) -> bool:
     """Whether the attention of a model class goes through the interface."""
     if not model_class._can_set_attn_implementation():
         return False
-    sources = _sources(model_class)
+    # Its base class names all models of the file, and builds none of them.
+    sources = _sources(model_class, through_base=False)
     if any(_PICKED_BY_NAME.search(source) for source in sources.values()):
         return False
     own = [source for source in sources.values() if _OWN_ATTENTION.search(source)]
     calls = any("get_interface(" in source for source in sources.values())
-    return calls or not own or _builds_other_families(sys.modules[model_class.__module__])
+    return calls or not own or _names_other_families(model_class, sources)
 
 
 @functools.cache
@@ -66,8 +68,26 @@ def _builds_other_families(module: ModuleType) -> bool:
     return bool(re.search(r"^from \.\.\w+\.modeling_|\bAutoModel", source, re.MULTILINE))
 
 
-def _sources(model_class: Any) -> dict[str, str]:
-    """The source of every class of the file that a class refers to, by name; empty if unknown."""
+def _names_other_families(model_class: Any, sources: dict[str, str]) -> bool:
+    """Whether these sources name a class of another family, or one that makes any."""
+    module = inspect.getsource(sys.modules[model_class.__module__])
+    taken = {"AutoModel"}
+    for imported in _FROM_FAMILY.findall(module):
+        taken.update(re.findall(r"\w+", imported))
+    return any(
+        name in taken or name.startswith("AutoModel")
+        for source in sources.values()
+        for name in re.findall(r"\b[A-Za-z_]\w*", source)
+    )
+
+
+def _sources(model_class: Any, *, through_base: bool = True) -> dict[str, str]:
+    """The source of every class of the file that a class refers to, by name; empty if unknown.
+
+    Args:
+        model_class: Where to start.
+        through_base: Whether to follow what the family's ``...PreTrainedModel`` refers to.
+    """
     module = sys.modules.get(model_class.__module__)
     if module is None:
         return {}
@@ -79,6 +99,8 @@ def _sources(model_class: Any) -> dict[str, str]:
         if name in found or name not in classes:
             continue
         found[name] = classes[name]
+        if name.endswith("PreTrainedModel") and not through_base:
+            continue
         waiting += re.findall(r"\b[A-Za-z_]\w*", classes[name])
     return found
 

@@ -26,6 +26,16 @@ from hf_attn_plugin.lm_eval.names import check_implementation
 from hf_attn_plugin.lm_eval.reads import KVReads
 
 
+def _text_attention(model: PreTrainedModel) -> str:
+    config: Any = model.config
+    return str(config.get_text_config()._attn_implementation)
+
+
+def _decode_only(name: str | None) -> bool:
+    method = METHOD_CONFIGS.get(name or "")
+    return method is not None and method.decode_only
+
+
 @register_model("hf-attn")
 class AttentionLM(HFLM):
     """lm-eval's Hugging Face model under any registered attention implementation.
@@ -42,8 +52,8 @@ class AttentionLM(HFLM):
         decode_continuation: Measure the decoding path: everything up to the last token of the
             context is prefilled, then one token at a time is fed, for log-likelihoods and
             generation alike. None does so for methods that act in decoding only
-            (`MethodConfig.decode_only`, for example `sparq`), for which a single forward pass
-            would measure dense attention.
+            (`MethodConfig.decode_only`, for example `sparq`), of which a single forward pass would
+            measure dense attention: False is refused there.
         device: None takes CUDA when there is some, else the CPU.
         progress: Show lm-eval's progress bars.
         **kwargs: Everything else that lm-eval's `hf` takes.
@@ -70,6 +80,16 @@ class AttentionLM(HFLM):
                 "model.set_attn_implementation() and hf_attn_plugin.configure()."
             )
         check_implementation(attn_implementation)
+        named = attn_implementation
+        if named is None and not isinstance(pretrained, str):
+            named = _text_attention(pretrained)
+        if decode_continuation is False and _decode_only(named):
+            raise ValueError(
+                f"attn_implementation={named!r} acts in decoding only, and without "
+                "decode_continuation texts are scored in one forward pass: the result would be "
+                "dense attention's. Leave --no-decode-continuation (decode_continuation=False) "
+                "out, or evaluate 'flash'."
+            )
         self._attn_params = validate_attn_params(attn_params or {})
         self._progress = progress
         self.reads = KVReads()
@@ -82,8 +102,7 @@ class AttentionLM(HFLM):
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
         if decode_continuation is None:
-            method = METHOD_CONFIGS.get(self.attn_implementation)
-            decode_continuation = method is not None and method.decode_only
+            decode_continuation = _decode_only(self.attn_implementation)
         if decode_continuation and self.backend != "causal":
             raise ValueError("decode_continuation needs a decoder-only model.")
         self.decode_continuation = decode_continuation
@@ -91,7 +110,7 @@ class AttentionLM(HFLM):
     @property
     def attn_implementation(self) -> str:
         """The attention implementation that the (text) model runs with."""
-        return str(self.model.config.get_text_config()._attn_implementation)
+        return _text_attention(self.model)
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's own facts about the model, and ours; they are saved with the results."""

@@ -239,7 +239,9 @@ _NOTES = [
     "the memory of what it drops; the other methods keep all of the cache.",
     "- `sparq` reads components from a second copy of the keys (counted), which takes memory: as "
     "much as the keys, and in 16 bits about half of that for `copy=int8` and a quarter for "
-    "`copy=int4`. `copy=none` takes none and reads all keys.",
+    "`copy=int4`. `copy=none` takes no memory: the components are picked out of the keys, where "
+    "those of one token lie together, so that memory hands over whole keys. All keys are counted "
+    "as read, which is half of the cache before any value.",
     "- `lm_infinite` never sees what lies between its first tokens and its window.",
     "- With fixed k, the share read falls as the context grows: a budget met here is met by the "
     "same k at longer contexts, with other quality.",

@@ -307,7 +307,8 @@ def _pattern(
                 f"one batch row; got a batch of {query.shape[0]}. Pass position_ids that start "
                 "again at every document instead."
             )
-        chunk = chunk_size(module) if isinstance(mask, PatternMask) else None
+        own_mask = isinstance(mask, Tensor) and mask.ndim == 4
+        chunk = None if own_mask else chunk_size(module)
         return once(
             pattern,
             ("cu_seq_lens", chunk),
@@ -315,7 +316,7 @@ def _pattern(
             lambda: _with_lengths(pattern, lengths_q, lengths_k, chunk, "cache" not in extra),
         )
     positions = extra.get("position_ids")
-    if not isinstance(mask, PatternMask):  # a mask of the caller's own is the whole truth
+    if isinstance(mask, Tensor) and mask.ndim == 4:  # the caller's own, and the whole truth
         return pattern
     if isinstance(positions, Tensor) and positions.ndim in (2, 3) and positions.shape[-1] == q_len:
         made = once(
@@ -463,11 +464,7 @@ def _with_lengths(
     q_documents = _document_of(lengths_q, pattern.q_len)
     kv_documents = _document_of(lengths_k, pattern.kv_len)
     same = lengths_q.shape == lengths_k.shape and torch.equal(lengths_q, lengths_k)
-    if chunk is not None and same:
-        rank = torch.arange(pattern.kv_len, device=lengths_k.device) - lengths_k[kv_documents]
-        numbers = kv_documents * pattern.kv_len + rank // chunk
-        return pattern.replace(q_documents=numbers, kv_documents=numbers, kv_ranks=rank)
-    if same:
+    if same and chunk is None:
         return pattern.replace(q_documents=q_documents, kv_documents=kv_documents)
     # Queries are the last tokens of their sequences: number both from each sequence's start.
     starts_q, starts_k = lengths_q.long(), lengths_k.long()
@@ -476,12 +473,16 @@ def _with_lengths(
     q_doc, kv_doc = q_documents[0].clamp(max=last), kv_documents[0].clamp(max=last)
     q_index = torch.arange(pattern.q_len, device=q_doc.device)
     kv_index = torch.arange(pattern.kv_len, device=kv_doc.device)
-    return pattern.replace(
-        q_documents=q_documents,
-        kv_documents=kv_documents,
-        q_positions=(q_index - starts_q[q_doc] + lead[q_doc])[None],
-        kv_positions=(kv_index - starts_k[kv_doc])[None],
-    )
+    q_positions = (q_index - starts_q[q_doc] + lead[q_doc])[None]
+    kv_positions = (kv_index - starts_k[kv_doc])[None]
+    numbered: dict[str, Tensor] = {}
+    if not same:
+        numbered = {"q_positions": q_positions, "kv_positions": kv_positions}
+    if chunk is not None:  # a chunk is no document: it has no first tokens of its own
+        q_documents = q_documents * pattern.kv_len + q_positions // chunk
+        kv_documents = kv_documents * pattern.kv_len + kv_positions // chunk
+        numbered["kv_ranks"] = kv_positions
+    return pattern.replace(q_documents=q_documents, kv_documents=kv_documents, **numbered)
 
 
 def _document_of(lengths: Tensor, total: int) -> Tensor:

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_attn_plugin.ops.backend import Backend, Call, choose_backend
+from hf_attn_plugin.ops.backend import (
+    Backend,
+    Call,
+    Choice,
+    capability_of,
+    choose_backend,
+    installed_packages,
+)
 from hf_attn_plugin.ops.checks import check_tensors
 from hf_attn_plugin.ops.reference import reference_attention
 from hf_attn_plugin.ops.torch.blocked import blocked_attention
+from hf_attn_plugin.ops.vendors.cudnn import cudnn_attention
+from hf_attn_plugin.ops.vendors.flash_attention_4 import flash_attention_4
 from hf_attn_plugin.patterns import Pattern
+
+_INSTALLED = installed_packages()
+_CUDNN = (Backend.CUDNN_CAUSAL, Backend.CUDNN_FULL)
+_SDPA = (Backend.SDPA_CAUSAL, Backend.SDPA_FULL, Backend.SDPA_MASK)
+
+
+class SlowAttentionWarning(UserWarning):
+    """Attention on a GPU is computed without a kernel, and why. Said once per reason."""
 
 
 def attention(
@@ -25,6 +47,9 @@ def attention(
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention over the pairs of ``pattern``, exact, forward and backward.
+
+    `hf_attn_plugin.ops.backend` says what computes it. Autocast changes nothing: the dtype of the
+    inputs is what is computed.
 
     Args:
         query: ``[batch, heads, q_len, head_dim]``, any strides.
@@ -46,29 +71,131 @@ def attention(
     Raises:
         ValueError: Shapes or dtypes do not fit together.
     """
-    _check(query, key, value, pattern, sinks)
+    how = (scaling, softcap, sinks, need_lse)
+    device = query.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        # A model spread over GPUs: kernels written in Python start on the current one.
+        with torch.cuda.device(device), torch.autocast(device.type, enabled=False):
+            return _attention(query, key, value, pattern, *how)
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            return _attention(query, key, value, pattern, *how)
+    return _attention(query, key, value, pattern, *how)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap must be above 0, or None for none; got {softcap}.")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = Call(
-        batch=query.shape[0],
-        dtype=query.dtype,
-        device_type=query.device.type,
-        softcap=softcap is not None,
-        sinks=sinks is not None,
-        need_lse=need_lse,
-        compiling=torch.compiler.is_compiling(),
+    needs_grad = torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (sinks is not None and sinks.requires_grad)
     )
-    backend = choose_backend(pattern, call).backend
-    if backend in (Backend.SDPA_CAUSAL, Backend.SDPA_FULL, Backend.SDPA_MASK):
-        return _sdpa(query, key, value, pattern, scale, backend), None
-    if backend is Backend.DENSE:
-        return reference_attention(
-            query, key, value, pattern, scaling=scale, softcap=softcap, sinks=sinks
+    deterministic = (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
+
+    def examine() -> Choice:
+        _check(query, key, value, pattern, sinks)
+        call = Call(
+            batch=query.shape[0],
+            heads=query.shape[1],
+            kv_heads=key.shape[1],
+            head_dim=query.shape[3],
+            value_dim=value.shape[3],
+            dtype=query.dtype,
+            device_type=query.device.type,
+            capability=capability_of(query.device),
+            softcap=softcap is not None,
+            sinks=sinks is not None,
+            need_lse=need_lse,
+            needs_grad=needs_grad,
+            compiling=torch.compiler.is_compiling(),
+            deterministic=deterministic,
+            installed=_INSTALLED,
         )
-    return blocked_attention(
+        choice = choose_backend(pattern, call)
+        if choice.warning is not None:
+            _warn_once(choice.warning)
+        return choice
+
+    # All layers of a forward share one pattern and most calls one shape: checked and chosen once.
+    tensors = (query, key, value) if sinks is None else (query, key, value, sinks)
+    told = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+    flags = (softcap is None, need_lse, needs_grad, deterministic)
+    choice = pattern.derive(("choice", told, flags), examine)
+
+    backend = choice.backend
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if scale <= 0:  # kernels look for the largest product before they scale it
+        query, scale = query * (-1.0 if scale < 0 else 0.0), -scale or 1.0
+    if backend is Backend.FLASH_ATTENTION_4:
+        return flash_attention_4(
+            query,
+            key,
+            value,
+            pattern,
+            scaling=scale,
+            softcap=softcap,
+            sinks=sinks,
+            need_lse=need_lse,
+            deterministic=deterministic,
+        )
+    if backend in _CUDNN:
+        causal = backend is Backend.CUDNN_CAUSAL
+        return cudnn_attention(query, key, value, causal=causal, scaling=scale), None
+    if backend in _SDPA:
+        return _sdpa(query, key, value, pattern, scale, backend), None
+    output, lse = _GENERAL[backend](
         query, key, value, pattern, scaling=scale, softcap=softcap, sinks=sinks
     )
+    return output, lse if need_lse else None
+
+
+def _triton_decode(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    from hf_attn_plugin.ops.triton.decode import triton_decode
+
+    return triton_decode(*args, **kwargs)
+
+
+def _triton(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    from hf_attn_plugin.ops.triton.attention import triton_attention
+
+    return triton_attention(*args, **kwargs)
+
+
+# Those that take every pattern, and return the log-sum-exp in any case.
+_GENERAL: dict[Backend, Callable[..., tuple[Tensor, Tensor]]] = {
+    Backend.TRITON: _triton,
+    Backend.TRITON_DECODE: _triton_decode,
+    Backend.BLOCKED: blocked_attention,
+    Backend.DENSE: reference_attention,
+}
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    warnings.warn(text, SlowAttentionWarning, stacklevel=7)
+
+
+def _warn_once(text: str) -> None:
+    """Warn, at most once per text; under torch.compile while it traces."""
+    _warn(text)
+
+
+# What torch.compiler.assume_constant_result does, without importing Dynamo and with it Triton.
+_warn_once.__dict__["_dynamo_marked_constant"] = True
 
 
 def _sdpa(

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 
+from hf_attn_plugin.ops.attention import SlowAttentionWarning
+from hf_attn_plugin.ops.backend import capability_of, installed_packages
 from hf_attn_plugin.ops.checks import check_tensors
+from hf_attn_plugin.ops.linear_backend import (
+    LinearBackend,
+    LinearCall,
+    choose_linear_backend,
+    triton_refuses,
+)
 from hf_attn_plugin.ops.linear_state import LinearState
 from hf_attn_plugin.ops.torch.linear_chunked import Problem, chunked_linear_attention, plan_steps
 from hf_attn_plugin.ops.torch.linear_features import (
@@ -18,6 +29,7 @@ from hf_attn_plugin.patterns import Pattern
 
 # Long enough for the matrix products to be worth it, short enough for the pairs inside a chunk.
 CHUNK = 128
+_INSTALLED = installed_packages()
 
 
 def feature_map_named(name: str, num_features: int | None = None, seed: int = 0) -> FeatureMap:
@@ -40,11 +52,12 @@ def linear_attention(
     feature_map: FeatureMap | str = "elu",
     scaling: float | None = None,
     state: LinearState | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
+    backend: LinearBackend | None = None,
 ) -> tuple[Tensor, LinearState | None]:
     """Attention with ``phi(q) phi(k)`` in place of ``exp(scaling * q k)``, in O(N).
 
-    Computed in float32 (float64 for float64 inputs). Differentiable once, in ``state`` too.
+    Sums are in float32 (float64 for float64 inputs). Differentiable once, in ``state`` too.
 
     Args:
         query: ``[batch, heads, q_len, head_dim]``, any strides.
@@ -58,7 +71,9 @@ def linear_attention(
         scaling: Factor on the scores that favor approximates; None is ``head_dim ** -0.5``. elu
             has none.
         state: Of earlier keys, which every query sees (with documents, those of the first one).
-        chunk: Tokens computed together; changes rounding only.
+        chunk: Tokens computed together, None for what suits the backend; changes rounding only.
+            Triton rounds it up to whole tiles.
+        backend: What computes it; None for the choice of `choose_linear_backend`.
 
     Returns:
         The output ``[batch, heads, q_len, value_dim]`` in the inputs' dtype, 0 for a query that
@@ -67,7 +82,8 @@ def linear_attention(
 
     Raises:
         ValueError: Shapes or dtypes do not fit together, the pattern has windows or a mask of the
-            caller's own, or ``state`` was made with other features.
+            caller's own, ``state`` was made with other features, or ``backend`` cannot honour the
+            call.
     """
     if isinstance(feature_map, str):
         feature_map = feature_map_named(feature_map)
@@ -76,23 +92,56 @@ def linear_attention(
     if not pattern.causal and pattern.q_documents is not None:
         if state is not None:
             raise ValueError("linear_attention: documents seen both ways take no earlier state.")
-        output = _each_document(query, key, value, pattern, feature_map, scaling, chunk)
+        output = _each_document(query, key, value, pattern, feature_map, scaling, chunk, backend)
         return output, None
-    device = query.device
-    steps = pattern.derive(
-        ("linear steps", chunk, str(device)), lambda: plan_steps(pattern, chunk, device)
-    )
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    problem = Problem(steps, feature_map, scaling, dtype, query.shape[1] // key.shape[1])
     if state is None:
         batch, kv_heads = key.shape[:2]
         features = feature_map.width(query.shape[-1])
         sums = key.new_zeros(batch, kv_heads, features, value.shape[-1] + 1, dtype=dtype)
         log_scale = key.new_full((batch, kv_heads), float("-inf"), dtype=dtype)
-    else:
-        sums, log_scale = state.sums, state.log_scale
-    output, sums, log_scale = chunked_linear_attention(problem, query, key, value, sums, log_scale)
+        state = LinearState(sums, log_scale, feature_map)
+    if _backend(query, key, value, backend) is LinearBackend.TRITON:
+        from hf_attn_plugin.ops.triton.linear import triton_linear_attention
+
+        return triton_linear_attention(
+            query, key, value, pattern, state, scaling=scaling, chunk=chunk
+        )
+    device, size = query.device, chunk or CHUNK
+    steps = pattern.derive(
+        ("linear steps", size, str(device)), lambda: plan_steps(pattern, size, device)
+    )
+    problem = Problem(steps, feature_map, scaling, dtype, query.shape[1] // key.shape[1])
+    output, sums, log_scale = chunked_linear_attention(
+        problem, query, key, value, state.sums, state.log_scale
+    )
     return output, LinearState(sums, log_scale, feature_map)
+
+
+def _backend(
+    query: Tensor, key: Tensor, value: Tensor, asked: LinearBackend | None
+) -> LinearBackend:
+    """The backend that was asked for, or the choice of `choose_linear_backend`."""
+    call = LinearCall(
+        dtype=query.dtype,
+        device_type=query.device.type,
+        capability=capability_of(query.device),
+        installed=_INSTALLED,
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+        empty=0 in (query.shape[0], query.shape[2], key.shape[2]),
+    )
+    if asked is None:
+        choice = choose_linear_backend(call)
+        if choice.falls_back:
+            _warn_once(choice.reason)
+        return choice.backend
+    refused = triton_refuses(call) if asked is LinearBackend.TRITON else None
+    if refused is not None:
+        raise ValueError(
+            f"linear_attention: {asked} cannot compute this call: {refused}. Pass backend=None."
+        )
+    return asked
 
 
 def reference_linear_attention(
@@ -130,6 +179,16 @@ def reference_linear_attention(
     return weights @ value.repeat_interleave(groups, 1)
 
 
+@functools.cache  # bounded by the reasons there are
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"linear_attention runs chunk after chunk in PyTorch, which is many times slower on a GPU "
+        f"than Triton's kernels: {reason}.",
+        SlowAttentionWarning,
+        stacklevel=4,
+    )
+
+
 def _each_document(
     query: Tensor,
     key: Tensor,
@@ -137,7 +196,8 @@ def _each_document(
     pattern: Pattern,
     feature_map: FeatureMap,
     scaling: float,
-    chunk: int,
+    chunk: int | None,
+    backend: LinearBackend | None,
 ) -> Tensor:
     """Documents whose queries see all of their keys, one after another."""
     assert pattern.q_documents is not None
@@ -167,6 +227,7 @@ def _each_document(
                 feature_map=feature_map,
                 scaling=scaling,
                 chunk=chunk,
+                backend=backend,
             )
             parts.append(part)
         rows.append(torch.cat(parts, 2))
@@ -180,7 +241,7 @@ def _check(
     pattern: Pattern,
     feature_map: FeatureMap,
     state: LinearState | None,
-    chunk: int,
+    chunk: int | None,
 ) -> None:
     check_tensors("linear_attention", query, key, value, pattern)
     refused = {
@@ -196,7 +257,7 @@ def _check(
             )
     if not pattern.derive("ascending", lambda: _ascending(pattern)):
         raise ValueError("linear_attention: documents must be numbered in ascending order.")
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"linear_attention: chunk must be at least 1 token; got {chunk}.")
     if state is None:
         return

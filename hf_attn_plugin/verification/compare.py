@@ -1,17 +1,15 @@
-"""One call of an attention function beside eager attention in float64."""
+"""One call of an attention function beside its definition in float64."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from hf_attn_plugin.integrations.attention_calls import InterfaceCall
 from hf_attn_plugin.methods import METHODS
+from hf_attn_plugin.verification.definitions import Definition, softmax_definition
 from hf_attn_plugin.verification.expected import ExpectedPairs
 
 
@@ -24,6 +22,7 @@ class Comparison:
     budget: float | None
     ok: bool
     detail: str = ""
+    from_softmax: float | None = None
 
 
 def compare_output(
@@ -32,6 +31,7 @@ def compare_output(
     output: Tensor,
     pairs: ExpectedPairs,
     approximate: bool,
+    definition: Definition,
 ) -> Comparison:
     """Judge the output of a call, ``[batch, q_len, heads, value_dim]``.
 
@@ -41,22 +41,29 @@ def compare_output(
         output: What the call returned.
         pairs: Which of the reference's pairs should attend.
         approximate: Whether the method is an approximation here.
+        definition: What it should compute over these pairs.
     """
     empty = _empty_rows(pairs)
-    exact = _without(_eager(reference, pairs, torch.float64), empty)
-    plain = _without(_eager(reference, pairs, call.query.dtype), empty)
+    exact = _without(definition(reference, pairs, torch.float64), empty)
+    plain = _without(definition(reference, pairs, call.query.dtype), empty)
     tried = output if call.implementation in METHODS else _without(output, empty)
     comparison = _compare(tried, plain, exact, None if approximate else _rounding(output))
+    if definition is not softmax_definition:
+        softmax = _without(softmax_definition(reference, pairs, torch.float64), empty)
+        distance = _compare(exact, softmax, softmax, None).relative_error
+        comparison = dataclasses.replace(comparison, from_softmax=distance)
     if comparison.ok:
         return comparison
     if reference is not call:
-        return dataclasses.replace(comparison, detail="over a cache that has dropped keys")
+        keeps_keys = definition is softmax_definition
+        cache = "a cache that has dropped keys" if keeps_keys else "a state of earlier keys"
+        return dataclasses.replace(comparison, detail=f"over {cache}")
     where = "" if approximate else _describe(call, pairs)
     return dataclasses.replace(comparison, detail=where)
 
 
 def compare_gradients(
-    call: InterfaceCall, pairs: ExpectedPairs, approximate: bool
+    call: InterfaceCall, pairs: ExpectedPairs, approximate: bool, definition: Definition
 ) -> list[tuple[str, Comparison]]:
     """Judge the gradients of query, key and value for random gradients of the output."""
     empty = _empty_rows(pairs)
@@ -73,7 +80,7 @@ def compare_gradients(
         ]
         changed = dataclasses.replace(call, query=leaves[0], key=leaves[1], value=leaves[2])
         with torch.enable_grad():
-            output = changed.run()[0] if dtype is None else _eager(changed, pairs, dtype)
+            output = changed.run()[0] if dtype is None else definition(changed, pairs, dtype)
             found = torch.autograd.grad(output, leaves, weights.to(output.dtype))
         return [tensor.transpose(1, 2) for tensor in found]  # tokens first, as in the output
 
@@ -85,34 +92,6 @@ def compare_gradients(
         comparison = _compare(tried, same, truth, None if approximate else _rounding(tried))
         result.append((f"{name} gradient", comparison))
     return result
-
-
-class _Float64(TorchFunctionMode):
-    """Runs in float64 what casts to float32 inside, as eager attention's softmax does."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.float:
-            return args[0].double()
-
-        def widen(x: Any) -> Any:
-            return torch.float64 if x is torch.float32 else x
-
-        return func(*tree_map(widen, args), **tree_map(widen, kwargs or {}))
-
-
-def _eager(call: InterfaceCall, pairs: ExpectedPairs, dtype: torch.dtype) -> Tensor:
-    """The family's own eager attention of this call in ``dtype``."""
-    assert call.eager is not None
-    tensors = [tensor.to(dtype) for tensor in (call.query, call.key, call.value)]
-    arguments = (call.module, *tensors, pairs.additive(dtype))
-    if dtype is not torch.float64:
-        output: Tensor = call.eager(*arguments, **call.kwargs)[0]
-        return output
-    with torch.autocast(call.query.device.type, enabled=False), _Float64():
-        exact: Tensor = call.eager(*arguments, **call.kwargs)[0]
-        return exact
 
 
 def _empty_rows(pairs: ExpectedPairs) -> Tensor:
@@ -174,7 +153,8 @@ def _describe(call: InterfaceCall, pairs: ExpectedPairs) -> str:
         value = value.clone()
         index = torch.arange(value.shape[-1], device=value.device)
         value[:, :, start + index, index] = 1
-        output = call.run(query=torch.zeros_like(call.query), value=value)[0]
+        # A copy of the keys has no place of a cache with it that this would write to.
+        output = call.run(query=torch.zeros_like(call.query), key=call.key.clone(), value=value)[0]
         columns.append(output != 0)
     seen = torch.cat(columns, -1).transpose(1, 2)  # [batch, heads, q_len, kv_len]
     expected = pairs.allowed.expand_as(seen)

@@ -20,15 +20,30 @@ from hf_attn_plugin.config import (
     parameters_of,
 )
 
-# Methods that approximate softmax attention in every call; `decode_only` ones do in decoding only.
-_ALWAYS_APPROXIMATE = frozenset({"linear"})
-
 
 def is_approximate(method: str, q_len: int, kv_len: int) -> bool:
-    """Whether a method computes something else than exact attention in such a call, by design."""
+    """Whether a method leaves out pairs that only it can tell, as decode-only ones do in a step."""
     parameters = METHOD_CONFIGS.get(method)
-    decode_only = parameters is not None and parameters.decode_only
-    return method in _ALWAYS_APPROXIMATE or (decode_only and q_len == 1 < kv_len)
+    return parameters is not None and parameters.decode_only and q_len == 1 < kv_len
+
+
+def is_linear(method: str, module: nn.Module, window: int | None) -> bool:
+    """Whether a layer computes linear attention.
+
+    Under ``linear`` layers with a window or chunks of their own stay softmax attention.
+
+    Args:
+        method: The layer's ``attn_implementation``.
+        module: The attention module.
+        window: The ``sliding_window`` that it passes to its attention function.
+    """
+    if method != "linear":
+        return False
+    config: Any = getattr(module, "config", None)
+    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and isinstance(layer, int) and layer < len(kinds):
+        return kinds[layer] not in ("sliding_attention", "chunked_attention")
+    return window is None and getattr(config, "attention_chunk_size", None) is None
 
 
 @dataclasses.dataclass(frozen=True)

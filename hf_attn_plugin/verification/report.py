@@ -7,12 +7,14 @@ from typing import Any
 
 
 class AttentionMismatchError(ValueError):
-    """A layer does not compute what eager attention computes under the same pattern."""
+    """A layer does not compute what eager attention, or ``linear``'s definition, says."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerCheck:
-    """One layer's output, or a gradient of it, beside that of eager attention in float64.
+    """One layer's output, or a gradient of it, beside its definition's in float64.
+
+    That is eager attention under the same pattern, and for ``linear`` its own.
 
     Attributes:
         batch: Which batch it was.
@@ -27,6 +29,8 @@ class LayerCheck:
             floor for rounding. None where the method is an approximation by design.
         ok: Whether the error is within the budget; approximations need only be finite.
         detail: What is different, where it is: the pairs seen in excess and those missed.
+        from_softmax: Of ``linear``, which is held against its own definition: how far this is from
+            softmax attention, as `relative_error`. None elsewhere.
     """
 
     batch: str
@@ -39,6 +43,7 @@ class LayerCheck:
     budget: float | None
     ok: bool
     detail: str = ""
+    from_softmax: float | None = None
 
     def __str__(self) -> str:
         if self.budget is None:
@@ -51,6 +56,8 @@ class LayerCheck:
             f"{self.batch}: {self.name} ({self.method}) {self.quantity}: relative error "
             f"{self.relative_error:.1e}, {allowed}, largest {self.max_abs_error:.1e}: {verdict}"
         )
+        if self.from_softmax is not None:
+            line += f"; {self.from_softmax:.1e} from softmax by design"
         return f"{line}; {self.detail}" if self.detail else line
 
 
@@ -82,7 +89,7 @@ class VerifyReport:
         if first is not None:
             layers = {check.name for check in self.checks if not check.ok}
             raise AttentionMismatchError(
-                f"attention differs from eager attention under the same pattern in "
+                f"attention differs from what it should compute under the same pattern in "
                 f"{len(layers)} of {len({check.name for check in self.checks})} layers; first in "
                 f"{first}. Train with attn_implementation='eager' or 'sdpa' until it is mended."
             )
@@ -115,6 +122,9 @@ class VerifyReport:
                 verdict = f"relative error up to {worst.relative_error:.1e}"
                 if not wrong:
                     verdict += f" (budget {worst.budget:.1e}): equal"
+            distances = [c.from_softmax for c in checks if c.from_softmax is not None]
+            if distances:
+                verdict += f"; up to {max(distances):.1e} from softmax, by design"
             lines.append(f"{batch}: {method}, {quantity}s of {len(checks)} layers: {verdict}")
             lines += [f"  {check}" for check in wrong]
         lines += [f"note: {note}" for note in self.notes]
@@ -123,6 +133,8 @@ class VerifyReport:
             last = "every layer computes what eager attention computes under the same pattern"
             if any(check.budget is None for check in self.checks):
                 last += ", but where it approximates by design"
+            elif any(check.from_softmax is not None for check in self.checks):
+                last = "every layer computes what its definition says under the same pattern"
         else:
             last = f"first difference: {first.name}"
         lines.append(last)

@@ -22,10 +22,12 @@ from hf_attn_plugin.integrations.packed_positions import jumps_cut_nothing
 from hf_attn_plugin.methods import METHODS
 from hf_attn_plugin.verification.batches import DecodingBatch, example_batches
 from hf_attn_plugin.verification.compare import compare_gradients, compare_output
+from hf_attn_plugin.verification.definitions import linear_definition, softmax_definition
 from hf_attn_plugin.verification.expected import (
     Tokens,
     expected_pairs,
     is_approximate,
+    is_linear,
     read_tokens,
 )
 from hf_attn_plugin.verification.report import LayerCheck, VerifyReport
@@ -49,8 +51,10 @@ def verify(
     quadratic in the length; torch.compile is off meanwhile. Parameters, gradients, random state and
     a cache in the batch stay as they are.
 
-    Methods that are approximations (``sparq`` and other decoding methods in a decoding step,
-    ``linear``) have their error reported and need only be finite.
+    ``linear`` is held against its own definition over these pairs, each weighed by itself, in
+    float64; how far that is from softmax is reported. Methods that are approximations (``sparq``
+    and other decoding methods in a decoding step) have their error reported and need only be
+    finite.
 
     Args:
         model: A transformers model, with its ``attn_implementation`` set; wrappers such as PEFT's
@@ -307,9 +311,18 @@ class _Verification:
             before = self.left_out.get(call.implementation, False)
             self.left_out[call.implementation] = before or pairs.left_out
         approximate = is_approximate(call.implementation, q_len, kv_len)
-        comparisons = [("output", compare_output(call, reference, result[0], pairs, approximate))]
+        linear = is_linear(call.implementation, call.module, call.kwargs.get("sliding_window"))
+        if linear and self.prompt is None and self.tokens is not None and self.tokens.past:
+            raise ValueError(
+                "verify(): under 'linear' the cache in the batch holds a sum in place of its "
+                f"{self.tokens.past} tokens, so nothing can be computed over them again. "
+                "verify(model) makes a decoding step of its own."
+            )
+        definition = linear_definition if linear else softmax_definition
+        output = compare_output(call, reference, result[0], pairs, approximate, definition)
+        comparisons = [("output", output)]
         if self.gradients and q_len > 1 and reference is call:
-            comparisons += compare_gradients(call, pairs, approximate)
+            comparisons += compare_gradients(call, pairs, approximate, definition)
         for quantity, comparison in comparisons:
             self._found.append(
                 LayerCheck(

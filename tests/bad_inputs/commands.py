@@ -46,6 +46,8 @@ CASES = [
          ("'sparkle'",), ("registered are", "sparq")),
     line(EVAL, "eval CONFIG --attn sparq --rank 0 --tasks niah",
          ("rank", "0"), ("an integer >= 1",)),
+    line(EVAL, "eval MODEL --attn sparq --no-decode-continuation --tasks niah",
+         ("'sparq' acts in decoding only",), ("--no-decode-continuation", "'flash'")),
     line(EVAL, "eval CONFIG --heatmap needles.png --tasks long_bpb", ("--heatmap", "long_bpb"),
          ("add niah to --tasks",)),
     line(EVAL, "eval CONFIG --heatmap needles.doc --tasks niah", ("needles.doc",), (".png, .svg",)),

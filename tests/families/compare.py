@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from families.catalogue import (
     one_line,
 )
 from families.inputs import LENGTH, is_text, model_inputs
-from families.odd import PACKED_AS_EAGER, TEXT_TOWERS
+from families.odd import MIXED_DOCUMENTS, PADDING_IS_CONTENT, TEXT_TOWERS
 from families.running import (
     Differs,
     build,
@@ -46,7 +47,8 @@ DOCUMENTS = [5, 3, 4]
 
 EQUAL, REFUSED, BYPASSING, EMPTY = "equal", "refused", "bypassing", "no attention"
 NOT_BUILT, BROKEN = "not built", "broken"
-AS_EAGER, BY_LENGTHS, ABSENT = "as eager", "equal by cu_seq_lens", "-"
+AS_EAGER, AS_SDPA = "as eager", "as sdpa"
+BY_LENGTHS, ABSENT = "equal by cu_seq_lens", "-"
 GOOD = (EQUAL, REFUSED, BYPASSING, EMPTY, NOT_BUILT)
 CHECKS = ("left", "right", "packed", "dynamic", "static", "checkpointing")
 
@@ -63,8 +65,9 @@ class Result:
         gradients: Largest error of a parameter's gradient, relative to the largest of its module.
         control: The error that a mask wrong in one key per query makes in the outputs.
         checks: By name of the check: ``equal``, ``refused: why``, ``as eager`` (documents see each
-            other, as in eager attention), ``equal by cu_seq_lens`` (documents are told apart by
-            these and not by position_ids) or ``-`` (eager cannot do it either).
+            other, as in eager attention), ``as sdpa`` (eager computes with its own rows of
+            padding), ``equal by cu_seq_lens`` (documents are told apart by these and not by
+            position_ids) or ``-`` (eager cannot do it either).
         message: Why it was refused or not built, or what broke.
         note: What else is worth knowing.
         precision: The dtype of the comparison.
@@ -139,6 +142,7 @@ def _without_a_model(architecture: str, result: Result, error: CannotBuildError)
 
 
 def _compare(eager: Any, result: Result, dtype: torch.dtype) -> None:
+    architecture = result.architecture
     result.precision = str(dtype).removeprefix("torch.")
     try:
         ours = build(type(eager), eager.config, METHOD)
@@ -185,11 +189,19 @@ def _compare(eager: Any, result: Result, dtype: torch.dtype) -> None:
         raise Differs(f"the control changes the outputs by {result.control:.2g} only")
     result.note = "; ".join(filter(None, [result.note, _not_called(eager, inputs, calls)]))
     if is_text(eager) and "input_ids" in inputs:
-        result.checks["left"] = _padding(eager, ours, inputs, "left", dtype)
-        result.checks["right"] = _padding(eager, ours, inputs, "right", dtype)
-        result.checks["packed"] = _packed(eager, ours, inputs, dtype)
-        result.checks["dynamic"] = _generation(eager, ours, inputs, None, dtype)
-        result.checks["static"] = _generation(eager, ours, inputs, "static", dtype)
+        padded = eager
+        if architecture in PADDING_IS_CONTENT:
+            padded = build(type(eager), eager.config, "sdpa")
+            padded.load_state_dict(eager.state_dict())
+            result.note = PADDING_IS_CONTENT[architecture]
+        for side in ("left", "right"):
+            outcome = _padding(padded, ours, inputs, side, dtype)
+            result.checks[side] = AS_SDPA if padded is not eager and outcome == EQUAL else outcome
+        result.checks["packed"] = _packed(architecture, eager, ours, inputs, dtype)
+        result.checks["dynamic"] = _generation(padded, ours, inputs, None, dtype)
+        result.checks["static"] = _generation(padded, ours, inputs, "static", dtype)
+        if result.checks["packed"] == AS_EAGER:
+            result.note = MIXED_DOCUMENTS[architecture]
     result.checks["checkpointing"] = _checkpointing(eager, ours, inputs, dtype)
     result.outcome = EQUAL
 
@@ -237,14 +249,27 @@ def _padding(
     return EQUAL
 
 
-def _packed(eager: Any, ours: Any, inputs: dict[str, Tensor], dtype: torch.dtype) -> str:
+def _takes_positions(model: Any) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    passed_on = any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
+    return passed_on or "position_ids" in parameters
+
+
+def _looks_back(model: nn.Module) -> bool:
+    """Whether any part of a model is causal: there, restarting positions mean documents."""
+    return any(getattr(module, "is_causal", False) for module in model.modules())
+
+
+def _packed(
+    architecture: str, eager: Any, ours: Any, inputs: dict[str, Tensor], dtype: torch.dtype
+) -> str:
     """Documents in one row against each of them alone in eager."""
-    if set(inputs) != {"input_ids"} or "position_ids" not in forward_arguments(eager):
+    if "decoder_input_ids" in inputs or not _takes_positions(eager):
         return ABSENT
     ids = inputs["input_ids"][:1]
     positions = torch.cat([torch.arange(n) for n in DOCUMENTS])[None]
-    name = "logits" if "logits" in run(eager, inputs) else "last_hidden_state"
     try:
+        name = "logits" if "logits" in run(eager, {"input_ids": ids}) else "last_hidden_state"
         alone = []
         for part, place in zip(ids.split(DOCUMENTS, 1), positions.split(DOCUMENTS, 1), strict=True):
             alone.append(run(eager, {"input_ids": part, "position_ids": place})[name])
@@ -264,19 +289,24 @@ def _packed(eager: Any, ours: Any, inputs: dict[str, Tensor], dtype: torch.dtype
             whole = {name: run(eager, {**packed, **extra})[name]}
         _judge("packed documents", errors({name: tried[name]}, whole)[0], dtype)
         outcome = AS_EAGER
-    if outcome == AS_EAGER:  # encoders take position_ids for no more than positions
-        ends = torch.tensor([0, *DOCUMENTS]).cumsum(0).to(torch.int32)
-        lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends,
-                   "max_length_q": max(DOCUMENTS), "max_length_k": max(DOCUMENTS)}  # fmt: skip
-        with contextlib.suppress(Exception):
-            tried = run(ours, {**packed, **lengths})
-            if errors({name: tried[name]}, exact)[0] <= TOLERANCE[dtype]:
-                return BY_LENGTHS
-        family = eager.config.model_type
-        causal = any(getattr(module, "is_causal", False) for module in ours.modules())
-        if causal and family not in PACKED_AS_EAGER:
+    if outcome == AS_EAGER and architecture not in MIXED_DOCUMENTS:
+        if _looks_back(ours):
             raise Differs("packed documents attend to each other")
+        _judge("packed by cu_seq_lens", _packed_by_lengths(ours, packed, exact), dtype)
+        return BY_LENGTHS  # encoders take position_ids for no more than positions
     return outcome
+
+
+def _packed_by_lengths(ours: Any, packed: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """The error of documents that cumulative lengths tell too."""
+    ends = torch.tensor([0, *DOCUMENTS]).cumsum(0).to(torch.int32)
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends,
+               "max_length_q": max(DOCUMENTS), "max_length_k": max(DOCUMENTS)}  # fmt: skip
+    try:
+        found = run(ours, {**packed, **lengths})
+    except Exception as error:
+        raise Differs(f"packed documents by cu_seq_lens: {one_line(error)}") from error
+    return errors({name: found[name] for name in exact}, exact)[0]
 
 
 def _generation(

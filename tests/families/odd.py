@@ -11,6 +11,11 @@ _SWA = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_
         "swa_kv_lora_rank": 8, "swa_head_dim": 8, "swa_qk_nope_head_dim": 4, "swa_v_head_dim": 6,
         "qk_nope_head_dim": 4, "head_dim": 8}  # fmt: skip
 _FORECAST = {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 2]}
+_CODEC = {"num_filters": 4, "codebook_dim": 16, "vector_quantization_hidden_dimension": 16}
+_LOOKAHEAD = {"sliding_window": 5, "default_num_lookahead_tokens": 1}
+_SEGMENTER = {"prompt_encoder_config": {"image_embedding_size": 4},
+              "vision_config": {"output_channels": 32, "num_pos_feats": 16},
+              "mask_decoder_config": {"vit_dim": 32}}  # fmt: skip
 _ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2}
 
 # Config values by architecture; a dict under a part's name goes to that part.
@@ -56,7 +61,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "time_series_transformer": _FORECAST,
     "decision_transformer": {"state_dim": 6, "act_dim": 3, "max_ep_len": 64},
     "dia": {"decoder_config": {"num_channels": 2}, "delay_pattern": [0, 1]},
-    "kyutai_speech_to_text": {"num_codebooks": 2},
+    "kyutai_speech_to_text": {"num_codebooks": 2, "codec_config": _CODEC},
+    "csm": {"codec_config": _CODEC},
+    **dict.fromkeys(["mimi", "mimi_encoder", "mimi_decoder"], _CODEC),
     "bridgetower": {"hidden_size": 64, "text_config": {"hidden_size": 64},
                     "vision_config": {"hidden_size": 64}},
     "muse_glimmer_assistant": {"target_layer_ids": [0, 1], "block_size": 4},
@@ -74,14 +81,28 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "yolos": {"image_size": [32, 32]},
     "canary": {"encoder_config": {"num_mel_bins": 80}},
     "moonshine_streaming": {"num_key_value_heads": 4},
+    "nemotron_asr_streaming_encoder": _LOOKAHEAD,
+    "nemotron_asr_streaming": {"encoder_config": _LOOKAHEAD},
+    "nemotron3_5_asr": {"encoder_config": _LOOKAHEAD},
+    "sam": _SEGMENTER,
+    "sam_hq": _SEGMENTER,
+    "sapiens2": {"num_key_value_heads_per_layer": [4, 2]},
+    "step3p7": {"text_config": {"sliding_window": 5}},
 }  # fmt: skip
 
 # Families whose activations grow without bound under the usual weights: smaller ones.
 GAINS: dict[str, float] = {"mobilebert": 0.5}
 
-# Causal models in which packed documents see each other as they do in eager, each with the reason.
-_STATE = "its own linear attention, which is no layer kind with a state to transformers' caches"
-PACKED_AS_EAGER: dict[str, str] = dict.fromkeys(["glm5_next", "glm5_next_text"], _STATE)
+# Models in which packed documents mix outside attention, as they do in eager, each with the reason.
+MIXED_DOCUMENTS: dict[str, str] = {
+    "mobilebert": "its embeddings join every token with its neighbours, of other documents too",
+}
+
+# Models that compute with their rows of padding. Eager attention averages all keys in a row that
+# may see none, sdpa and `flash` give zeros there: compared with sdpa.
+PADDING_IS_CONTENT: dict[str, str] = {
+    "blt": "padding is bytes like any other in its patches: padded rows differ in eager too",
+}
 
 # Composite models that cannot be made or fed here, of which the part that reads text is compared:
 # its architecture, or the name of its class where no auto class makes it alone.
@@ -129,6 +150,7 @@ NOT_BUILT: dict[str, str] = {
          "sam3_tracker_video", "sam3_vision_model", "sam3_vit_model"], _LARGE_IMAGES),
     **dict.fromkeys(
         ["pp_ocrv5_mobile_rec", "pp_ocrv5_server_rec", "pp_ocrv6_small_rec"], _OCR),
+    "vits": "durations drawn by random weights ask for hundreds of gigabytes",
     "edgetam_video": "reads a session of tracked video frames; no text",
     "efficientloftr": "matches the key points of image pairs; reads no text",
     "lightglue": "matches the key points of image pairs; reads no text",

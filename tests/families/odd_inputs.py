@@ -115,6 +115,15 @@ def _mel_mask(config: Any) -> Inputs:
             "audio_mel_mask": torch.zeros(BATCH, 64, dtype=torch.bool)}  # fmt: skip
 
 
+def _unequal_patches(config: Any) -> Inputs:
+    """Flattened patches of an image of 4 x 4 and one of 3 x 4, which is filled up."""
+    config = getattr(config, "vision_config", config)
+    mask = (torch.arange(16) < torch.tensor([[16], [12]])).long()
+    return {"pixel_values": noise(BATCH, 16, 3 * config.patch_size**2),
+            "pixel_attention_mask": mask,
+            "spatial_shapes": torch.tensor([[4, 4], [3, 4]])}  # fmt: skip
+
+
 def _inkling2(config: Any) -> Inputs:
     side = config.patch_size * config.spatial_merge_size
     return {"pixel_values": noise(8, side, side, 3),
@@ -201,6 +210,10 @@ INPUTS: dict[str, Callable[[Any], Inputs]] = {
     "timesfm": lambda config: {
         "past_values": noise(BATCH, 128), "past_values_padding": torch.zeros(BATCH, 128),
         "freq": torch.zeros(BATCH, 1, dtype=torch.long)},
+    "siglip2": lambda config: {"input_ids": tokens(), **_unequal_patches(config)},
+    "siglip2_vision_model": _unequal_patches,
+    "speech-encoder-decoder": lambda config: {
+        "input_values": noise(BATCH, 2000), "decoder_input_ids": tokens(seed=4)},
     "segformer": lambda config: {"pixel_values": noise(BATCH, 3, 128, 128)},
     "speech_to_text": lambda config: {
         "input_features": noise(BATCH, 64, config.input_feat_per_channel),

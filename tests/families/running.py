@@ -80,6 +80,9 @@ def _randomize(model: nn.Module, gain: float) -> None:
             parameter.copy_(random * (gain / math.sqrt(max(1, inputs))))
         else:  # some are made empty and never filled
             parameter.copy_(torch.where(parameter.isfinite(), parameter, 0.0) + 0.2 * random)
+    for name, buffer in model.named_buffers():
+        if name.endswith("codebook.embed_sum"):  # codes of zeros would make all tokens alike
+            buffer.normal_(generator=generator)
 
 
 def run(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -33,6 +33,9 @@ Each architecture in transformers' auto mappings is made tiny with random weight
 `left`, `right`: padding (valid positions only). `packed`: documents in one row against each of them
 alone in eager. `dynamic`, `static`: greedy generation with that cache, batched and left-padded.
 `checkpointing`: gradients under both kinds. `-`: does not apply, or eager cannot do it either.
+`equal by cu_seq_lens`: encoders take `position_ids` for positions only, and are told documents by
+`cu_seq_lens_q` and `cu_seq_lens_k`. `as eager`: documents mix outside attention, in eager too.
+`as sdpa`: the model computes with its rows of padding, in which eager averages over all keys.
 """
 
 

@@ -44,6 +44,21 @@ def test_what_a_class_says_of_itself(architecture: str, interface: bool, attenti
     assert is_language_model_without_attention(cls) is not attention
 
 
+def test_a_tower_does_not_pass_for_the_models_beside_it() -> None:
+    from transformers.models.gemma3n.modeling_gemma3n import (
+        Gemma3nAudioEncoder,
+        Gemma3nForConditionalGeneration,
+        Gemma3nTextModel,
+    )
+
+    assert not uses_interface(Gemma3nAudioEncoder)  # its base class names the text model's layers
+    assert uses_interface(Gemma3nTextModel)
+    assert uses_interface(Gemma3nForConditionalGeneration)
+    config = Gemma3nAudioEncoder.config_class(conf_num_hidden_layers=1)
+    with pytest.raises(ValueError, match="computes attention by itself"):
+        Gemma3nAudioEncoder._from_config(config, attn_implementation="flash")
+
+
 def test_a_language_model_without_attention_is_refused() -> None:
     config = CONFIG_MAPPING["mamba"](num_hidden_layers=1, hidden_size=8, vocab_size=16)
     with pytest.raises(ValueError, match="holds no attention"):

@@ -1,4 +1,4 @@
-"""Shapes, refusals, memory and the choice of a backend."""
+"""Shapes, refusals and memory."""
 
 import subprocess
 import sys
@@ -7,49 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_attn_plugin.ops import Backend, attention, choose_backend
-from hf_attn_plugin.ops.backend import Call
+from hf_attn_plugin.ops import attention
 from hf_attn_plugin.patterns import Pattern
 
 ROOT = Path(__file__).parents[2]
-
-
-def call(**changes) -> Call:
-    fields = dict(
-        batch=1,
-        dtype=torch.float32,
-        device_type="cpu",
-        softcap=False,
-        sinks=False,
-        need_lse=False,
-        compiling=False,
-    )
-    return Call(**(fields | changes))
-
-
-@pytest.mark.parametrize(
-    ("pattern", "changes", "backend"),
-    [
-        (dict(), {}, Backend.SDPA_CAUSAL),
-        (dict(causal=False), {}, Backend.SDPA_FULL),
-        (dict(window=4096), {}, Backend.SDPA_CAUSAL),
-        (dict(window=4095), {}, Backend.BLOCKED),
-        (dict(band=64), {}, Backend.BLOCKED),
-        (dict(q_len=1), {}, Backend.SDPA_FULL),
-        (dict(q_len=1, q_offset=7), {}, Backend.SDPA_MASK),
-        (dict(q_len=16, kv_len=64), {}, Backend.SDPA_MASK),
-        (dict(q_len=64, kv_len=64, window=4), {}, Backend.SDPA_MASK),
-        (dict(), dict(softcap=True), Backend.BLOCKED),
-        (dict(), dict(sinks=True), Backend.BLOCKED),
-        (dict(), dict(need_lse=True), Backend.BLOCKED),
-        (dict(window=4), dict(compiling=True), Backend.DENSE),
-    ],
-)
-def test_choice(pattern: dict, changes: dict, backend: Backend) -> None:
-    fields = dict(q_len=4096, kv_len=4096) | pattern
-    choice = choose_backend(Pattern(**fields), call(**changes))
-    assert choice.backend is backend
-    assert choice.reason
 
 
 @pytest.mark.parametrize("heads", [4, 1])

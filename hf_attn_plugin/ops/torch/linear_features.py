@@ -72,18 +72,22 @@ class FavorFeatures:
             self.width(head_dim), head_dim, self.seed, self.redraw, self.layer, device, dtype
         )
 
-    def log(self, x: Tensor, scaling: float) -> Tensor:
-        """Logarithms of the features, ``[..., num_features]``.
+    def root(self, scaling: float) -> float:
+        """The share of ``scaling`` that queries and keys have each.
 
         Raises:
-            ValueError: ``scaling`` is not above 0, so that it has no square root to share.
+            ValueError: ``scaling`` is not above 0, so that it has no square root.
         """
         if not scaling > 0:
             raise ValueError(
                 f"linear attention with feature_map='favor' approximates exp(scaling * q k) and "
                 f"needs scaling > 0; got {scaling}. Use feature_map='elu'."
             )
-        x = x * math.sqrt(scaling)
+        return math.sqrt(scaling)
+
+    def log(self, x: Tensor, scaling: float) -> Tensor:
+        """Logarithms of the features, ``[..., num_features]``; ``scaling`` must be above 0."""
+        x = x * self.root(scaling)
         weights = self.projection(x.shape[-1], x.device, x.dtype)
         return x @ weights.t() - x.square().sum(-1, keepdim=True) / 2
 

@@ -1,0 +1,169 @@
+"""``hf-attn bench``: speed and memory beside the peers, after a check of the numbers."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+
+HELP = "measure speed and memory beside PyTorch's and FlashAttention's kernels (needs a GPU)"
+
+# What else can be measured, and the module of eval/speed that does it.
+OTHERS = {
+    "compile": "compile_tax",
+    "model": "in_model",
+    "decode": "decoding",
+    "linear": "linear",
+}
+_PACKAGE = "hf_attn_plugin.eval_speed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.description = (
+        "Compare outputs and gradients of every contender with a float64 reference, then time them "
+        "in one process. What is measured already is not measured again. Exit status: 1 when "
+        "numbers are wrong (their times are not reported). Instead of cases: `compile` (what the "
+        "first call costs in a fresh process), `model` (a LoRA step), `decode`, `linear`; `draw` "
+        "draws the picture of kept results."
+    )
+    parser.add_argument(
+        "cases", metavar="CASE", nargs="*", help="cases to measure (all; --list names them)"
+    )
+    parser.add_argument("--list", action="store_true", help="name cases and contenders, and stop")
+    parser.add_argument(
+        "--peers",
+        type=_names,
+        metavar="NAME,…",
+        help="whom to compare with ('' for nobody; default: all)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench-out"),
+        metavar="DIR",
+        help="folder for tables, pictures and results (default: %(default)s)",
+    )
+    parser.add_argument("--quick", action="store_true", help="short sequences, no pictures")
+    parser.add_argument("--fresh", action="store_true", help="measure all of it again")
+    parser.add_argument("--no-figures", action="store_true", help="leave out the pictures")
+    parser.add_argument(
+        "--peer-timeout",
+        type=float,
+        default=240.0,
+        metavar="SECONDS",
+        help="most time to a contender's first results, compilation included (default: 240)",
+    )
+    model = parser.add_argument_group("for hf-attn bench model")
+    model.add_argument("--tokens", type=int, metavar="N", help="tokens of the step (default 65536)")
+    model.add_argument("--layers", type=int, metavar="N", help="default: those of the real models")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what was asked for."""
+    what = args.cases[0] if args.cases else None
+    if what in {*OTHERS, "draw"} and len(args.cases) > 1:
+        raise ValueError(f"hf-attn bench {what} takes no cases; got {' '.join(args.cases[1:])}.")
+    if what != "model" and (args.tokens is not None or args.layers is not None):
+        raise ValueError("--tokens and --layers are for hf-attn bench model.")
+    for name in ("tokens", "layers", "peer_timeout"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {value}.")
+    table = speed_module("attention")
+    if args.list:
+        print(table.listing())
+        return 0
+    if what == "draw":
+        print(table.draw(args.out))
+        return 0
+    if what in OTHERS:
+        return _run_other(what, args)
+    cases = table.chosen_cases(args.cases, args.quick)
+    entrants = table.chosen_contenders(args.peers)
+    _check_gpu()
+    return table.run(
+        args.out,
+        cases,
+        entrants,
+        command=_command(),
+        fresh=args.fresh,
+        figures=not (args.no_figures or args.quick or args.cases),
+        peer_timeout=args.peer_timeout,
+        say=_say,
+    )
+
+
+def _run_other(what: str, args: argparse.Namespace) -> int:
+    _check_gpu()
+    module = speed_module(OTHERS[what])
+    if what == "compile":
+        if args.worker is not None:
+            return module.work(args.worker)
+        return module.run(args.out, command=_command(), peers=args.peers or [], say=_say)
+    if what == "model":
+        return module.run(
+            args.out,
+            command=_command(),
+            layers=args.layers,
+            tokens=args.tokens,
+            attentions=args.peers,
+            quick=args.quick,
+            fresh=args.fresh,
+            peer_timeout=args.peer_timeout,
+            say=_say,
+        )
+    return module.run(args.out, quick=args.quick, fresh=args.fresh)
+
+
+def speed_module(name: str) -> ModuleType:
+    """A module of the benchmarks, which lie beside the package in a checkout, in a wheel inside.
+
+    Raises:
+        FileNotFoundError: They are in neither place.
+    """
+    package = Path(__file__).resolve().parents[1]
+    beside = package.parent / "eval" / "speed"
+    if _PACKAGE not in sys.modules and not (package / "eval_speed").is_dir():
+        if not beside.is_dir():
+            raise FileNotFoundError(
+                f"the benchmarks are in neither {package / 'eval_speed'} nor {beside}: install "
+                "hf_attn_plugin again."
+            )
+        spec = importlib.util.spec_from_file_location(
+            _PACKAGE, beside / "__init__.py", submodule_search_locations=[str(beside)]
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[_PACKAGE] = module
+        spec.loader.exec_module(module)
+    return importlib.import_module(f"{_PACKAGE}.{name}")
+
+
+def _check_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"hf-attn bench needs a CUDA GPU, and torch {torch.__version__} finds none here: run "
+            "it on a machine that has one, with a CUDA build of torch. (--list works anywhere; "
+            "python eval/scaling.py measures on a CPU.)"
+        )
+
+
+def _command() -> str:
+    return shlex.join(["hf-attn", *sys.argv[1:]])
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,262 @@
+"""Exact attention over any pattern in Triton: forward, backward, and the operators of both."""
+
+from __future__ import annotations
+
+import collections
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugin.ops.triton.launch import Problem, empty_results, run_backward, run_forward
+from hf_attn_plugin.ops.triton.plan import Plan
+from hf_attn_plugin.ops.triton.support import DTYPES, MAX_HEAD_DIM, refuses_pattern
+from hf_attn_plugin.ops.triton.tiles import choose_tiles, shape_of
+from hf_attn_plugin.patterns import Pattern
+
+# How a pattern crosses into an operator: the tensors it has, and numbers, of which the first tells
+# by its bits which tensors these are, and -1 is None. Its lengths are those of queries and keys.
+_TENSORS = (
+    "global_tokens",
+    "q_offset",
+    "key_valid",
+    "q_documents",
+    "kv_documents",
+    "q_positions",
+    "kv_positions",
+    "kv_ranks",
+    "dense",
+)
+_OPTIONAL_NUMBERS = ("band", "window", "stride")
+_NUMBERS = ("causal", "dilation", "num_sink_tokens", "num_global_tokens", "kv_offset")
+
+
+def triton_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over ``pattern``; see `hf_attn_plugin.ops.attention`, whose arguments these are.
+
+    Deterministic: the backward pass adds in a fixed order. Rows of float16 and bfloat16 are
+    multiplied in their own precision and added in float32; float32 is computed as IEEE float32.
+    Memory beyond inputs, output and gradients: 12 bytes per query and head in the backward pass,
+    float32 copies of what a pattern with a stride computes in two passes, and float32 slices of
+    rows and columns that are split over programs.
+
+    Raises:
+        ValueError: The kernels do not honour the call; see `support.refuses`.
+    """
+    _refuse(query, value, pattern)
+    if scaling <= 0:  # kernels compare products of query and key before they are scaled
+        query, scaling = query * (-1.0 if scaling < 0 else 0.0), -scaling or 1.0
+    # Kernels read rows of neighbouring elements; other layouts (rare) are copied.
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    tensors, numbers = _encode(pattern)
+    output, lse = _forward(query, key, value, sinks, tensors, numbers, float(scaling), softcap)
+    return output, lse
+
+
+@torch.library.custom_op("hf_attn_plugin::triton_attention", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    return run_forward(_problem(query, key, value, sinks, tensors, numbers, scaling, softcap))
+
+
+@_forward.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    return empty_results(query, value)
+
+
+@torch.library.custom_op("hf_attn_plugin::triton_attention_backward", mutates_args=())
+def _backward(
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and sinks (empty where there are none)."""
+    problem = _problem(query, key, value, sinks, tensors, numbers, scaling, softcap)
+    if grad_output.stride(-1) != 1:
+        grad_output = grad_output.contiguous()
+    grad_lse = grad_lse.contiguous()
+    *grads, delta = run_backward(problem, output, lse, grad_output, grad_lse)
+    grad_sinks = query.new_empty(0)
+    if sinks is not None:
+        logits = sinks.float().view(1, -1, 1)
+        # A row without pairs has the sink as its log-sum-exp, and a delta that is not 0.
+        weights = torch.exp(logits - torch.where(lse.isneginf(), 0.0, lse))
+        grad_sinks = -(weights * delta).sum((0, 2)).view(sinks.shape).to(sinks.dtype)
+    return grads[0], grads[1], grads[2], grad_sinks
+
+
+@_backward.register_fake
+def _(
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = [torch.empty_like(t) for t in (query, key, value)]
+    grad_sinks = query.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return grads[0], grads[1], grads[2], grad_sinks
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, sinks, tensors, numbers, scaling, softcap = inputs
+    ctx.save_for_backward(*output, query, key, value, sinks, *tensors)
+    ctx.numbers, ctx.scaling, ctx.softcap = numbers, scaling, softcap
+
+
+def _differentiate(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    output, lse, query, key, value, sinks, *tensors = ctx.saved_tensors
+    *d_inputs, d_sinks = _backward(
+        *grads,
+        output,
+        lse,
+        query,
+        key,
+        value,
+        sinks,
+        tensors,
+        ctx.numbers,
+        ctx.scaling,
+        ctx.softcap,
+    )
+    nothing = [None] * len(tensors)
+    return *d_inputs, None if sinks is None else d_sinks, nothing, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _encode(pattern: Pattern) -> tuple[list[Tensor], list[int]]:
+    """A pattern as an operator takes it."""
+    given = pattern.tensors()
+    tensors = [given[name] for name in _TENSORS if name in given]
+    numbers = [sum(1 << place for place, name in enumerate(_TENSORS) if name in given)]
+    numbers += [int(getattr(pattern, name)) for name in _NUMBERS]
+    for name in _OPTIONAL_NUMBERS:
+        number = getattr(pattern, name)
+        numbers.append(-1 if number is None else number)
+    offset = pattern.q_offset
+    if offset is None or isinstance(offset, Tensor):
+        return tensors, [*numbers, 0, 0]
+    return tensors, [*numbers, 1, offset]
+
+
+def _decode(q_len: int, kv_len: int, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Pattern:
+    """The inverse of `_encode`."""
+    given, *plain, has_offset, offset = numbers
+    names = [name for place, name in enumerate(_TENSORS) if given >> place & 1]
+    fields: dict[str, Any] = dict(zip(names, tensors, strict=True))
+    fields |= zip(_NUMBERS, plain, strict=False)
+    fields["causal"] = bool(fields["causal"])
+    for name, number in zip(_OPTIONAL_NUMBERS, plain[len(_NUMBERS) :], strict=True):
+        fields[name] = None if number < 0 else number
+    if has_offset:
+        fields["q_offset"] = offset
+    return Pattern(q_len=q_len, kv_len=kv_len, **fields)
+
+
+class _Plans:
+    """The last plans, found by the numbers of a pattern and the identity of its tensors."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._kept: collections.OrderedDict[
+            tuple[Any, ...], tuple[list[weakref.ref[Tensor]], Plan]
+        ] = collections.OrderedDict()
+
+    def find(
+        self,
+        q_len: int,
+        kv_len: int,
+        tensors: Sequence[Tensor],
+        numbers: Sequence[int],
+        device: torch.device,
+    ) -> Plan:
+        versions = tuple((id(t), t._version) for t in tensors)
+        key = (q_len, kv_len, tuple(numbers), versions, device)
+        if key in self._kept:
+            held, plan = self._kept[key]
+            # An id names another tensor once the first is gone.
+            if all(ref() is t for t, ref in zip(tensors, held, strict=True)):
+                self._kept.move_to_end(key)
+                return plan
+        plan = Plan(_decode(q_len, kv_len, tensors, numbers), device)
+        self._kept[key] = ([weakref.ref(t) for t in tensors], plan)
+        self._kept.move_to_end(key)
+        while len(self._kept) > self.most:
+            self._kept.popitem(last=False)
+        return plan
+
+
+_plans = _Plans(16)
+
+
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
+    scaling: float,
+    softcap: float | None,
+) -> Problem:
+    plan = _plans.find(query.shape[2], key.shape[2], tensors, numbers, query.device)
+    shape = shape_of(plan.pattern)
+    tiles = choose_tiles(query.shape[3], value.shape[3], query.dtype, shape)
+    return Problem(query, key, value, sinks, plan, tiles, scaling, softcap)
+
+
+def _refuse(query: Tensor, value: Tensor, pattern: Pattern) -> None:
+    reason = refuses_pattern(pattern)
+    if query.dtype not in DTYPES:
+        reason = f"it computes {', '.join(map(str, DTYPES))}, not {query.dtype}"
+    elif max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
+        sizes = f"{query.shape[3]} and {value.shape[3]}"
+        reason = f"head_dim and value_dim may be up to {MAX_HEAD_DIM}, not {sizes}"
+    if reason is not None:
+        raise ValueError(f"triton_attention: {reason}; use blocked_attention.")

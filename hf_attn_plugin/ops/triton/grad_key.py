@@ -1,0 +1,281 @@
+"""The kernel of the keys' and values' gradients."""
+
+# mypy: ignore-errors
+# ruff: noqa: F821, N803, SIM - Triton's types, constants of the compiler in upper case, its `if`
+
+import triton
+import triton.language as tl
+
+from hf_attn_plugin.ops.triton.forward import RUNTIME
+from hf_attn_plugin.ops.triton.loads import (
+    ALWAYS,
+    NEVER,
+    WHERE_NEEDED,
+    capped,
+    full_range,
+    inside_rows,
+    load_keys,
+    load_queries,
+    needs_mask,
+    row_offsets,
+    tokens_at,
+    visited,
+    work_item,
+)
+from hf_attn_plugin.ops.triton.masks import DENSE, RUNS, hide, token_facts
+
+_RUNTIME = [
+    *RUNTIME,
+    *[f"{name}_{axis}" for name in ("go", "dk", "dv") for axis in ("batch", "head", "token")],
+    "batch_heads",
+    "kv_heads",
+]
+
+
+@triton.jit
+def grad_key_step(
+    turn,
+    pack,
+    acc_key,
+    acc_value,
+    k,
+    v,
+    query,
+    grad_output,
+    q_strides,
+    go_strides,
+    base_lse,
+    delta,
+    batch,
+    first_row,
+    entries,
+    blocks,
+    full,
+    own,
+    in_kv,
+    kv_dense,
+    q_info,
+    q_order,
+    q_len,
+    dense,
+    mask_strides,
+    numbers,
+    to_log2,
+    cap_rate,
+    TERMS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    UNIT: tl.constexpr,
+    TMA: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKING: tl.constexpr,
+):
+    """The gradients after one more tile of queries; scores lie transposed, [keys, rows].
+
+    Rows beyond the queries have a log-sum-exp of +inf, hence weights of 0.
+    """
+    block = visited(entries, blocks, turn, (RUNS & TERMS) == 0)
+    row = tl.arange(0, HEADS * TOKENS)
+    index = block * TOKENS + row % TOKENS
+    in_q = index < q_len
+    token = tokens_at(q_order, index, in_q)
+    head = pack * HEADS + row // TOKENS
+    q = load_queries(
+        query, batch, pack, block, head, token, in_q, q_strides,
+        UNIT, HEAD_DIM, WIDTH, HEADS, TOKENS, TMA,
+    )  # fmt: skip
+    d_out = load_queries(
+        grad_output, batch, pack, block, head, token, in_q, go_strides,
+        UNIT, VALUE_DIM, VALUE_WIDTH, HEADS, TOKENS, TMA,
+    )  # fmt: skip
+    place = (first_row + head).to(tl.int64) * q_len + token
+    base = tl.load(base_lse + place, mask=in_q, other=float("inf"))
+    row_delta = tl.load(delta + place, mask=in_q, other=0.0)
+    score = capped(tl.dot(k, tl.trans(q), input_precision=PRECISION), cap_rate, SOFTCAP)
+    slope = score
+    if SOFTCAP:
+        slope = 1.0 - score * score
+    masked = MASKING == ALWAYS
+    if MASKING == WHERE_NEEDED:
+        masked = needs_mask(full, turn)
+    if masked:
+        q_dense = index.to(tl.int64)
+        if DENSE & TERMS:
+            of_batch, of_head, of_query = mask_strides
+            q_dense = batch * of_batch + head * of_head + token * of_query
+        score = hide(
+            score, own, in_kv, kv_dense, q_info, index, in_q, q_len, q_dense, dense,
+            numbers, False, TERMS,
+        )  # fmt: skip
+    weight = tl.exp2(score * to_log2 - base[None, :])
+    acc_value = tl.dot(weight.to(d_out.dtype), d_out, acc_value, input_precision=PRECISION)
+    d_weight = tl.dot(v, tl.trans(d_out), input_precision=PRECISION) - row_delta[None, :]
+    if SOFTCAP:
+        d_weight = d_weight * slope
+    d_score = (weight * d_weight).to(q.dtype)
+    acc_key = tl.dot(d_score, q, acc_key, input_precision=PRECISION)
+    return acc_key, acc_value
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def grad_key_kernel(
+    query,
+    key,
+    value,
+    grad_output,
+    base_lse,
+    delta,
+    grad_key,
+    grad_value,
+    earlier_key,
+    earlier_value,
+    items,
+    entries,
+    q_info,
+    kv_info,
+    q_order,
+    kv_order,
+    dense,
+    partial_key,
+    partial_value,
+    q_batch: "i64",
+    q_head: "i64",
+    q_token: "i64",
+    k_batch: "i64",
+    k_head: "i64",
+    k_token: "i64",
+    v_batch: "i64",
+    v_head: "i64",
+    v_token: "i64",
+    go_batch: "i64",
+    go_head: "i64",
+    go_token: "i64",
+    dk_batch: "i64",
+    dk_head: "i64",
+    dk_token: "i64",
+    dv_batch: "i64",
+    dv_head: "i64",
+    dv_token: "i64",
+    mask_batch: "i64",
+    mask_head: "i64",
+    mask_query: "i64",
+    mask_key: "i64",
+    item_batch: "i32",
+    q_info_batch: "i64",
+    kv_info_batch: "i64",
+    batch_heads: "i32",
+    kv_heads: "i32",
+    group_packs: "i32",
+    q_len: "i32",
+    kv_len: "i32",
+    lowest: "i32",
+    band: "i32",
+    reach: "i32",
+    dilation: "i32",
+    stride: "i32",
+    residue: "i32",
+    scaling: "fp32",
+    to_log2: "fp32",
+    cap_rate: "fp32",
+    TERMS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    UNIT: tl.constexpr,
+    TMA: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TWO_LOOPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One block of keys of one KV head over the tiles of queries that see it.
+
+    ``earlier_key`` and ``earlier_value`` are None or the float32 gradients of a pass before this
+    one. Keys beyond the end fill rows that are never stored.
+    """
+    batch_head = tl.program_id(0) % batch_heads
+    batch = batch_head // kv_heads
+    kv_head = batch_head % kv_heads
+    block, slot, lead, bounds, blocks, full = work_item(
+        items, batch, tl.program_id(0) // batch_heads, item_batch
+    )
+    begin, end = bounds
+    key_row = tl.arange(0, KEYS)
+    place = block * KEYS + key_row
+    in_kv = place < kv_len
+    token = tokens_at(kv_order, place, in_kv)
+    k = load_keys(
+        key, batch, kv_head, block, token, in_kv, (k_batch, k_head, k_token),
+        UNIT, HEAD_DIM, WIDTH, KEYS, False,
+    )  # fmt: skip
+    v = load_keys(
+        value, batch, kv_head, block, token, in_kv, (v_batch, v_head, v_token),
+        UNIT, VALUE_DIM, VALUE_WIDTH, KEYS, False,
+    )  # fmt: skip
+    own = token_facts(kv_info + batch * kv_info_batch, place, in_kv, kv_len, TERMS)
+    numbers = (lowest, band, reach, dilation, stride, residue)
+    mask_strides = (mask_batch, mask_head, mask_query)
+    kv_dense = token * mask_key
+    q_info += batch * q_info_batch
+    q_strides = (q_batch, q_head, q_token)
+    go_strides = (go_batch, go_head, go_token)
+    first_row = batch * kv_heads * group_packs * HEADS
+    acc_key = tl.zeros([KEYS, WIDTH], tl.float32)
+    acc_value = tl.zeros([KEYS, VALUE_WIDTH], tl.float32)
+    if TWO_LOOPS:
+        full_from, full_to = full_range(bounds, full)
+        for pack in range(kv_head * group_packs, (kv_head + 1) * group_packs):
+            for turn in tl.range(full_from, full_to, num_stages=STAGES):
+                acc_key, acc_value = grad_key_step(
+                    turn, pack, acc_key, acc_value, k, v, query, grad_output, q_strides,
+                    go_strides, base_lse, delta, batch, first_row, entries, blocks, full, own,
+                    in_kv, kv_dense, q_info, q_order, q_len, dense, mask_strides, numbers,
+                    to_log2, cap_rate, TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH,
+                    HEADS, TOKENS, PRECISION, NEVER,
+                )  # fmt: skip
+            for other in tl.range(begin, end - (full_to - full_from), num_stages=STAGES):
+                turn = tl.where(other < full_from, other, other + (full_to - full_from))
+                acc_key, acc_value = grad_key_step(
+                    turn, pack, acc_key, acc_value, k, v, query, grad_output, q_strides,
+                    go_strides, base_lse, delta, batch, first_row, entries, blocks, full, own,
+                    in_kv, kv_dense, q_info, q_order, q_len, dense, mask_strides, numbers,
+                    to_log2, cap_rate, TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH,
+                    HEADS, TOKENS, PRECISION, ALWAYS,
+                )  # fmt: skip
+    else:
+        # One loop over the packs of the group: a loop for each would refill the pipeline.
+        count = end - begin
+        for step in tl.range(0, count * group_packs, num_stages=STAGES):
+            pack = kv_head * group_packs + step // count
+            acc_key, acc_value = grad_key_step(
+                begin + step % count, pack, acc_key, acc_value, k, v, query, grad_output,
+                q_strides, go_strides, base_lse, delta, batch, first_row, entries, blocks, full,
+                own, in_kv, kv_dense, q_info, q_order, q_len, dense, mask_strides, numbers,
+                to_log2, cap_rate, TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH,
+                HEADS, TOKENS, PRECISION, WHERE_NEEDED,
+            )  # fmt: skip
+    acc_key = acc_key * scaling
+    offsets = row_offsets(batch, kv_head, token, (dk_batch, dk_head, dk_token), 1, WIDTH)
+    inside = inside_rows(in_kv, HEAD_DIM, WIDTH)
+    v_offsets = row_offsets(batch, kv_head, token, (dv_batch, dv_head, dv_token), 1, VALUE_WIDTH)
+    v_inside = inside_rows(in_kv, VALUE_DIM, VALUE_WIDTH)
+    if earlier_key is not None:
+        acc_key += tl.load(earlier_key + offsets, mask=inside & lead, other=0.0)
+        acc_value += tl.load(earlier_value + v_offsets, mask=v_inside & lead, other=0.0)
+    if slot < 0:
+        tl.store(grad_key + offsets, acc_key.to(grad_key.dtype.element_ty), mask=inside)
+        tl.store(grad_value + v_offsets, acc_value.to(grad_value.dtype.element_ty), mask=v_inside)
+    else:
+        kept = (slot.to(tl.int64) * batch_heads + batch_head) * KEYS + key_row
+        columns, v_columns = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
+        tl.store(partial_key + kept[:, None] * WIDTH + columns[None, :], acc_key)
+        tl.store(partial_value + kept[:, None] * VALUE_WIDTH + v_columns[None, :], acc_value)

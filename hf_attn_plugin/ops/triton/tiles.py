@@ -1,0 +1,111 @@
+"""Tile sizes of the attention kernels: a pure function of what is computed, measured on one H200.
+
+Nothing is tuned in a user's run, so that a new call compiles one variant of each kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import torch
+
+from hf_attn_plugin.patterns import Pattern
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its work.
+
+    Attributes:
+        rows: Rows of a tile of queries: tokens times the query heads packed into it.
+        keys: Keys of a tile.
+        warps: Warps of a program.
+        stages: Depth of the pipeline of loads.
+        pack: Most query heads of one KV group in a tile: a window then spans fewer tokens of
+            queries, and visits fewer pairs outside of it, with the same matrix products.
+        two_loops: Whether the visits that need no mask get a loop of their own before the others,
+            rather than a branch: better where they are many.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    pack: int = 1
+    two_loops: bool = False
+
+    def heads(self, groups: int) -> int:
+        """Query heads in one tile: the largest power of two that divides the group and fits."""
+        heads = 1
+        while groups % (heads * 2) == 0 and heads * 2 <= min(self.pack, self.rows // 16):
+            heads *= 2
+        return heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The tiles of the three kernels, and how heavy work is cut.
+
+    Attributes:
+        forward: Of the forward kernel.
+        grad_query: Of the kernel of the queries' gradients.
+        grad_key: Of the kernel of the keys' and values' gradients.
+        split: Fewest visits of a slice when a row or column is split over programs.
+    """
+
+    forward: Tile
+    grad_query: Tile
+    grad_key: Tile
+    split: int = 64
+
+
+class Shape(enum.Enum):
+    """What a pattern leaves to visit."""
+
+    LONG = "long runs of blocks: causal or full attention"
+    DOCUMENTS = "runs of many lengths: packed documents"
+    SHORT = "short runs: windows"
+
+
+def shape_of(pattern: Pattern) -> Shape:
+    """Which of these a pattern is."""
+    if pattern.is_sparse or pattern.band is not None:
+        return Shape.SHORT
+    return Shape.LONG if pattern.q_documents is None else Shape.DOCUMENTS
+
+
+def choose_tiles(head_dim: int, value_dim: int, dtype: torch.dtype, shape: Shape) -> Tiles:
+    """The tiles for a call.
+
+    Args:
+        head_dim: Of queries and keys.
+        value_dim: Of values.
+        dtype: Of the inputs.
+        shape: What the pattern leaves to visit.
+
+    Returns:
+        Tiles that fit in 227 KiB of shared memory.
+
+    Measured in bfloat16 with head_dim 128 and 32 heads over 8, in milliseconds for the forward
+    kernel, the queries' gradients and the keys'. Causal attention at 16384 tokens: 4.2, 4.9, 8.4
+    (keys' gradients with the tiles for windows 9.0). A window of 1024 at 131072 tokens: 4.9, 6.2,
+    9.6 (with the tiles for long runs 11.5). 64 documents in 131072 tokens: keys' gradients 13.5
+    (15.1 with the tiles for long runs, 15.3 with those for windows).
+    """
+    width = max(head_dim, value_dim)
+    if dtype == torch.float32:
+        size = 32 if width <= 128 else 16
+        tile = Tile(size, size, 4, 2, pack=2)
+        return Tiles(tile, tile, tile)
+    if width > 128:
+        return Tiles(
+            Tile(64, 64, 8, 2, pack=4), Tile(64, 32, 8, 2, pack=4), Tile(32, 64, 8, 2, pack=2)
+        )
+    forward, grad_query = Tile(64, 64, 4, 3), Tile(128, 64, 8, 3, pack=4)
+    grad_key = {
+        Shape.LONG: Tile(64, 128, 8, 3, two_loops=True),
+        Shape.DOCUMENTS: Tile(64, 128, 8, 3, pack=4, two_loops=True),
+        Shape.SHORT: Tile(64, 64, 4, 2, pack=4),
+    }
+    return Tiles(forward, grad_query, grad_key[shape])

@@ -1,0 +1,99 @@
+"""cuDNN's attention, called through PyTorch's `scaled_dot_product_attention`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hf_attn_plugin.ops.vendors.built_in import BuiltIn
+from hf_attn_plugin.patterns import Pattern
+
+if TYPE_CHECKING:
+    from hf_attn_plugin.ops.backend import Call
+
+# On one H200, bf16, causal, 32 query and 8 KV heads of 128 (forward and backward, 16,384 tokens):
+# cuDNN 14.2 ms, FlashAttention-2 24.2 ms, and PyTorch prefers the latter by default.
+# It builds a plan for every new length, which takes tens of milliseconds; below this many pairs
+# (over batch and heads) a plan costs more than a few calls of it win.
+_MIN_PAIRS = 2**30
+# The newest PyTorch hands it larger ones; these are what all supported versions do.
+_MAX_HEAD_DIM = 128
+# Beyond it, offsets do not fit 32 bits.
+_MAX_ELEMENTS = 2**31
+# The others only run where cuDNN itself says no, which `refuses` foresees.
+_PRIORITY = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def refuses(pattern: Pattern, call: Call, mask: BuiltIn | str) -> str | None:
+    """Why cuDNN cannot compute a call exactly, or would not be the fastest; None if it can.
+
+    Args:
+        pattern: Of the call.
+        call: The rest of it.
+        mask: The pattern in a kernel's own terms (`built_in`).
+    """
+    if call.device_type != "cuda" or call.capability is None:
+        return "runs on NVIDIA GPUs"
+    if call.capability[0] not in (9, 10):
+        return "wins on compute capabilities 9 and 10 only"
+    for asked, missing in (
+        (call.softcap, "no softcap"),
+        (call.sinks, "no attention sinks"),
+        (call.need_lse, "PyTorch does not return its log-sum-exp"),
+        (isinstance(mask, str), f"no {mask}"),
+    ):
+        if asked:
+            return missing
+    assert isinstance(mask, BuiltIn)
+    if mask.window is not None:
+        return "no window"
+    if mask.documents:
+        return "no packed documents"
+    if mask.causal and pattern.q_len != pattern.kv_len:
+        return "its causal mask starts at the first key, whatever the number of queries"
+    if call.dtype not in (torch.float16, torch.bfloat16):
+        return "16-bit dtypes only"
+    if call.head_dim != call.value_dim or call.head_dim % 8 or call.head_dim > _MAX_HEAD_DIM:
+        return f"head_dim of 8, 16, … {_MAX_HEAD_DIM}, of values too, only"
+    if call.deterministic:
+        return "not deterministic"
+    if call.elements(pattern) > _MAX_ELEMENTS:
+        return "more than 2^31 elements"
+    if call.pairs(pattern) < _MIN_PAIRS:
+        return "builds a plan for every new length, which so small a call does not repay"
+    return None
+
+
+def cudnn_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scaling: float
+) -> Tensor:
+    """Causal or full attention by cuDNN, differentiable.
+
+    Args:
+        query: ``[batch, heads, q_len, head_dim]``, float16 or bfloat16, on a GPU.
+        key: ``[batch, kv_heads, kv_len, head_dim]``.
+        value: ``[batch, kv_heads, kv_len, value_dim]``.
+        causal: Whether a query sees only keys up to its own index; else it sees all.
+        scaling: Factor on the scores.
+
+    Returns:
+        ``[batch, heads, q_len, value_dim]``.
+    """
+    with sdpa_kernel(_PRIORITY, set_priority=True):
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
