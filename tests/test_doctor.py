@@ -185,10 +185,9 @@ def test_backends_of_a_gpu_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixtu
     with_triton = backend("--installed", "triton")
     assert with_triton["prefill"] != "FlashAttention-4"
     assert absent in with_triton["prefill_passed_over"]
-    window = backend("--installed", "triton", "--attn", "sliding_window", "--window", "1000")
+    window = backend("--installed", "triton", "--attn", "sliding_window", "--window", "5000")
     assert window["prefill"].startswith("Triton")
     assert absent in window["prefill_passed_over"]
-    assert "cuDNN, causal: no window" in window["prefill_passed_over"]
     assert main(["doctor", *line, "--installed", "triton"]) == 0
     text = capsys.readouterr().out
     assert "16,384 tokens, cuda:9.0 with triton" in text

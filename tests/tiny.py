@@ -183,6 +183,8 @@ class Float64(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.float:
             return args[0].double()
+        if func is Tensor.__deepcopy__:  # its memo holds all tensors copied so far
+            return func(*args, **(kwargs or {}))
         widen = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
         return func(*tree_map(widen, args), **tree_map(widen, kwargs or {}))
 

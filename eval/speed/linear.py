@@ -12,8 +12,9 @@ beside inputs, output and gradients.
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
@@ -135,32 +136,53 @@ def table(args: argparse.Namespace, feature_map: FeatureMap) -> None:
             )
 
 
+# Chunk, tile, warps, stages, registers of `kernels.lay_out`.
+VARIANTS = [
+    (chunk, tile, *launch)
+    for chunk in (128, 256)
+    for tile, *launch in (
+        (64, 4, 1, None),
+        (64, 4, 1, 168),
+        (64, 4, 2, None),
+        (64, 4, 2, 168),
+        (64, 8, 1, 128),
+        (64, 8, 2, 128),
+        (128, 8, 1, None),
+    )
+]
+
+
 def tiles(args: argparse.Namespace, feature_map: FeatureMap) -> None:
-    """Triton alone with other chunks, tiles and warps than `kernels.lay_out` chooses."""
+    """Triton alone with other chunks, tiles and launches than `kernels.lay_out` chooses."""
     length = int(args.lengths.split(",")[-1])
+    chosen = range(len(VARIANTS)) if args.variant is None else [args.variant]
+    if args.variant is None:  # compile all at once, into the cache on disk
+        command = [sys.executable, *sys.argv, "--lengths", "256", "--variant"]
+        null = subprocess.DEVNULL
+        running = [subprocess.Popen([*command, str(i)], stdout=null, stderr=null) for i in chosen]
+        for process in running:
+            process.wait()
     tensors = inputs(length, args.heads, args.kv_heads, args.head_dim, torch.bfloat16)
     pattern = Pattern(q_len=length, kv_len=length)
     lay_out: Any = kernels.lay_out
-    print("| chunk | tile | warps | forward ms | backward ms | kernels ms |")
-    print("|---|---|---|---|---|---|")
-    for chunk, tile, warps in itertools.product((128, 256, 512), (64, 128), (4, 8)):
+    print("| chunk, tile, warps, stages, registers | forward ms | backward ms | kernels ms |")
+    print("|---|---|---|---|")
+    for chunk, tile, warps, stages, registers in (VARIANTS[i] for i in chosen):
+        options = {"tile": tile, "warps": warps, "stages": stages, "registers": registers}
 
-        def other(
-            *sizes: object, chunk: int = chunk, tile: int = tile, warps: int = warps
-        ) -> object:
-            return lay_out(*sizes[:6], chunk, tile=tile, warps=warps)
+        def other(*sizes: Any, chunk: int = chunk, options: Any = options) -> Any:
+            return lay_out(*sizes[:6], chunk, **options)
 
         with mock.patch.object(kernels, "lay_out", other):
             call = linear(feature_map, LinearBackend.TRITON, pattern)
+            name = f"{chunk}, {tile}, {warps}, {stages}, {registers}"
             try:
                 forward, backward, _ = milliseconds(call, tensors, seconds=0.1)
                 each = by_kernel(call, tensors)
             except Exception as error:  # a tile that does not fit is a row of the table
-                print(f"| {chunk} | {tile} | {warps} | {type(error).__name__}: {str(error)[:80]} |")
+                print(f"| {name} | {type(error).__name__}: {str(error)[:80]} |")
                 continue
-        print(
-            f"| {chunk} | {tile} | {warps} | {forward:.2f} | {backward:.2f} | {each} |", flush=True
-        )
+        print(f"| {name} | {forward:.2f} | {backward:.2f} | {each} |", flush=True)
 
 
 def by_kernel(call: Call, tensors: Sequence[Tensor]) -> str:
@@ -182,7 +204,8 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--num-features", type=int, help="favor with so many, in place of elu")
     parser.add_argument("--torch-up-to", type=int, default=16384)
-    parser.add_argument("--tiles", action="store_true", help="try chunks, tiles and warps instead")
+    parser.add_argument("--tiles", action="store_true", help="try chunks, tiles and launches")
+    parser.add_argument("--variant", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs a GPU")
@@ -192,7 +215,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {feature_map}, bfloat16,")
     print(f"{args.heads}/{args.kv_heads} heads of {args.head_dim}, causal, batch 1")
     failed = []
-    for dtype, budget in BUDGET.items():
+    for dtype, budget in ({} if args.tiles else BUDGET).items():
         error = check(feature_map, args.head_dim, dtype)
         print(f"{dtype}: relative error {error:.1e} against float64 (budget {budget:.1e})")
         if not error <= budget:

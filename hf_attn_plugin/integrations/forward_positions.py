@@ -71,7 +71,7 @@ def _telling(original: Callable[..., Any], names: frozenset[str]) -> Callable[..
     order = list(inspect.signature(original).parameters)[1:]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.config._attn_implementation in names and not torch.compiler.is_compiling():
+        if self.config._attn_implementation in names:
             by_name = {**dict(zip(order, args, strict=False)), **kwargs}
             mask = _mask_with_positions(self, by_name)
             if mask is not None:
@@ -86,18 +86,22 @@ def _mask_with_positions(model: Any, arguments: dict[str, Any]) -> Tensor | None
     positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
     tokens = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens
-    told = positions_on(mask) is positions or arguments.get("cu_seq_lens_q") is not None
-    if told or not isinstance(positions, Tensor) or not isinstance(tokens, Tensor):
+    if not isinstance(positions, Tensor) or not isinstance(tokens, Tensor) or tokens.ndim < 2:
         return None
-    length = tokens.shape[1]
-    if positions.shape[-1] != length:
+    length, valid = tokens.shape[1], None
+    if length < 2 or positions.shape[-1] != length or arguments.get("cu_seq_lens_q") is not None:
         return None
-    valid = None
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
-        valid = mask[:, mask.shape[1] - length :].bool()  # padding is numbered in any way
-    if not bool(restarts(positions, valid).any()):
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.ndim != 2:  # made already, or the whole truth
+            return None
+        if positions_on(mask) is positions:
+            return None
+        valid = mask[:, -length:].bool()  # padding is numbered in any way
+        valid = valid if valid.shape[1] == length else None
+    compiling = torch.compiler.is_compiling()  # then no value may be looked at
+    if not (compiling or bool(restarts(positions, valid).any())):
         return None
-    if type(model).__module__.rpartition(".")[2] in OWN_MASKS:
+    if not compiling and type(model).__module__.rpartition(".")[2] in OWN_MASKS:
         raise ValueError(
             f"{type(model).__name__} draws masks by itself that do not follow position_ids, so "
             "that packed documents (position_ids that start again) would attend to each other. "
@@ -105,10 +109,10 @@ def _mask_with_positions(model: Any, arguments: dict[str, Any]) -> Tensor | None
         )
     if mask is None:
         cache = arguments.get("past_key_values")
+        if compiling and cache is not None:
+            return None
         past = 0 if cache is None else int(cache.get_seq_length())
         mask = positions.new_ones(tokens.shape[0], past + length)
-    elif not isinstance(mask, Tensor) or mask.ndim != 2:  # made already, or the whole truth
-        return None
     mask = mask.view_as(mask)  # the caller's tensor stays as it is
     setattr(mask, _POSITIONS, positions)
     return mask

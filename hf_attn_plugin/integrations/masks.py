@@ -92,7 +92,9 @@ def pattern_mask(
         known = False
     key_valid, kv_ranks = _padding(attention_mask, kv_length, kv_offset)
     if not known:
-        told = documents_on(attention_mask)  # what `dense` knows nothing of
+        both_ways = mask_function is masking_utils.bidirectional_mask_function
+        # What `dense` knows nothing of.
+        told = None if both_ways else documents_on(attention_mask)
         pattern = Pattern(
             q_len=q_length,
             kv_len=kv_length,

@@ -80,14 +80,12 @@ def _separating(original: Callable[..., Any], names: frozenset[str]) -> Callable
             return found
         if isinstance(attention_mask, PatternMask):  # made before, with the documents in it
             return found
+        positions = positions_on(attention_mask) if position_ids is None else position_ids
         if not torch.compiler.is_compiling():
-            kept = positions_on(attention_mask) if position_ids is None else None
-            positions = position_ids if kept is None else kept
             documents = _documents(positions, valid, q_length, kv_length, q_offset, kv_offset)
-        elif (
-            documents is not None and position_ids is not None
-        ):  # all tokens of the row are new, and none is padding
-            documents = restarts(position_ids).to(torch.int64).cumsum(1)
+        elif positions is not None and positions.shape[-1] == q_length == kv_length > 1:
+            real = valid.bool() if isinstance(valid, Tensor) and valid.ndim == 2 else None
+            documents = restarts(positions, real).to(torch.int64).cumsum(1)
         if documents is not None:  # transformers looks them up by batch row
             documents = documents.expand(inputs_embeds.shape[0], -1)
             if position_ids is None:

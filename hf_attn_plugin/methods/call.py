@@ -319,8 +319,12 @@ def _pattern(
     if isinstance(mask, Tensor) and mask.ndim == 4:  # the caller's own, and the whole truth
         return pattern
     if isinstance(positions, Tensor) and positions.ndim in (2, 3) and positions.shape[-1] == q_len:
+        one_way = pattern.causal or (pattern.dense is not None and _is_causal(module, extra))
         made = once(
-            pattern, "position_ids", (positions,), lambda: _with_restarts(pattern, positions)
+            pattern,
+            ("position_ids", one_way),
+            (positions,),
+            lambda: _with_restarts(pattern, positions) if one_way else None,
         )
         pattern = pattern if made is None else made
     if pattern.q_documents is not None:
@@ -412,8 +416,7 @@ def _with_restarts(pattern: Pattern, positions: Tensor) -> Pattern | None:
     documents would then attend to each other. (None and not the pattern: it is kept with the
     pattern, and a pattern that holds itself would wait for the garbage collector.)
     """
-    one_way = pattern.causal or pattern.dense is not None
-    if pattern.q_documents is not None or pattern.q_len < 2 or not one_way:
+    if pattern.q_documents is not None or pattern.q_len < 2:
         return None
     compiling = torch.compiler.is_compiling()  # then no value may be looked at
     valid = pattern.key_valid

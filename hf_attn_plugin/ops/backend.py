@@ -18,10 +18,18 @@ from hf_attn_plugin.patterns import Pattern
 # A boolean mask of this many pairs is cheaper than walking blocks in Python,
 _MAX_DENSE_PAIRS = 2048 * 2048
 # and of this many than deriving a schedule for a kernel.
-_FEW_PAIRS = 512 * 512
-# From here on (over batch and heads) our kernels beat FlashAttention-2 on Hopper, although they are
-# slower to launch: at 16,384 tokens, 32/8 heads of 128, causal, 17.3 ms against 24.2.
-_MANY_PAIRS = 2**28
+_FEW_MASKED = 512 * 512
+# Pairs over batch and heads. A forward and backward keeps the host busy for 0.2 ms with SDPA, 0.6
+# with FlashAttention-4, 1.5 with Triton. With 32 heads of 128, causal, these three take 0.2, 0.5,
+# 1.5 ms at 1,024 tokens, 0.64, 0.5, 1.5 at 2,048 and 1.9, 0.97, 1.4 at 4,096.
+_FEW_PAIRS = 2**27
+_MANY_PAIRS = 2**29
+# Elements of keys or values. A step over fewer is bound by its launch too: with 32/8 heads of 128,
+# SDPA takes 0.05 ms and Triton 0.09 over 4,096 keys, 0.15 and 0.13 over 131,072.
+_SHORT_CACHE = 2**23
+# What the warp-specialised kernels of ops/triton/hopper.py were measured with.
+_HOPPER_DIMS = (128, 128)
+_NARROW_WINDOW = 1024
 
 _VISITS = "visits only the blocks that the pattern needs"
 
@@ -149,53 +157,94 @@ def choose_backend(pattern: Pattern, call: Call) -> Choice:
         backend = Backend.DENSE if call.compiling else Backend.BLOCKED
         return Choice(backend, "nothing to attend to")
     passed_over: list[PassedOver] = []
-    for backend, refusal, reason in _candidates(pattern, call):
+    for backend in _order(pattern, call):
+        if any(passed.backend is backend for passed in passed_over):
+            continue
+        refusal = _refuses(backend, pattern, call)
         if refusal is None:
+            reason = _reason(backend, pattern, call)
             warning = _warning(backend, pattern, call, passed_over)
             return Choice(backend, reason, tuple(passed_over), warning)
         passed_over.append(PassedOver(backend, refusal))
-    raise AssertionError("the last candidate takes every call")
+    raise AssertionError("the last one takes every call")
 
 
-def _candidates(pattern: Pattern, call: Call) -> Iterator[tuple[Backend, str | None, str]]:
-    """Backends from fast to slow, each with why it cannot (None if it can) and why it would be it.
+def _order(pattern: Pattern, call: Call) -> Iterator[Backend]:
+    """Backends from fast to slow, by measurements on one H200; the last takes every call.
 
-    The order is that of measurements on one H200. What only GPUs have is no candidate elsewhere.
+    What only GPUs have is not named elsewhere. One may come twice; its first place counts.
     """
     gpu = call.device_type == "cuda"
-    if gpu and pattern.q_len <= MAX_QUERIES and not call.needs_grad:
-        refusal = _triton_lacks(call) or decode_refuses(pattern, call)
-        yield Backend.TRITON_DECODE, refusal, "few queries over the keys of a cache"
-    mask: BuiltIn | str
+    decoding = gpu and pattern.q_len <= MAX_QUERIES and not call.needs_grad
+    if decoding and (pattern.tensors() or call.elements(pattern) > _SHORT_CACHE):
+        yield Backend.TRITON_DECODE  # first, since it needs no value of an offset that is a tensor
+    terms = _terms(pattern, call)
+    causal = pattern.causal if isinstance(terms, str) else terms.causal
+    plain = isinstance(terms, BuiltIn) and terms.unrestricted
+    sdpa = [Backend.SDPA_CAUSAL if causal else Backend.SDPA_FULL] if plain else []
+    mask = [] if call.compiling else [Backend.SDPA_MASK]
+    if decoding:
+        yield from [*sdpa, Backend.TRITON_DECODE]
+    if gpu:
+        masked = pattern.q_len * pattern.kv_len <= _FEW_MASKED
+        triton = [*mask, Backend.TRITON] if masked else [Backend.TRITON]
+        hopper = _has_hopper_kernels(pattern, call)
+        if call.pairs(pattern) < _FEW_PAIRS:
+            yield from sdpa
+        if hopper and _is_narrow(terms):
+            yield from triton
+        yield Backend.FLASH_ATTENTION_4
+        if hopper:
+            yield from triton
+        yield Backend.CUDNN_CAUSAL if causal else Backend.CUDNN_FULL
+        yield from [*triton, *sdpa] if _triton_beats_sdpa(pattern, call) else [*sdpa, *triton]
+    yield from sdpa
+    yield from mask
+    yield Backend.DENSE if call.compiling else Backend.BLOCKED
+
+
+def _terms(pattern: Pattern, call: Call) -> BuiltIn | str:
+    """The pattern in vendors' terms, or why not."""
     if call.compiling and pattern.tensors():
-        mask = "tensors in a pattern under torch.compile"
-    else:
-        mask = built_in(pattern)
-    words = _in_words(mask, pattern)
-    causal = mask.causal if isinstance(mask, BuiltIn) else pattern.causal
-    sdpa = Backend.SDPA_CAUSAL if causal else Backend.SDPA_FULL
-    if gpu:
-        refusal = flash_attention_4.refuses(pattern, call, mask)
-        yield Backend.FLASH_ATTENTION_4, refusal, words
-        vendor = Backend.CUDNN_CAUSAL if causal else Backend.CUDNN_FULL
-        yield vendor, cudnn.refuses(pattern, call, mask), words
-    plain = isinstance(mask, BuiltIn) and mask.unrestricted
-    late = gpu and _triton_beats_sdpa(pattern, call)
-    if plain and not late:
-        yield sdpa, _sdpa_refuses(pattern, call, causal), words
-    if gpu:
-        refusal = _triton_lacks(call) or triton_refuses(pattern, call)
-        small = call.compiling or _mask_refuses(pattern, call, _FEW_PAIRS)
-        if refusal is None and small is None:
-            yield Backend.SDPA_MASK, None, _few(pattern)
-        yield Backend.TRITON, refusal, _VISITS
-    if plain and late:
-        yield sdpa, _sdpa_refuses(pattern, call, causal), words
-    if call.compiling:
-        yield Backend.DENSE, None, "torch.compile is tracing, which the schedule cannot follow"
-        return
-    yield Backend.SDPA_MASK, _mask_refuses(pattern, call, _MAX_DENSE_PAIRS), _few(pattern)
-    yield Backend.BLOCKED, None, _sdpa_lacks(call) or _VISITS
+        return "tensors in a pattern under torch.compile"
+    return built_in(pattern)
+
+
+def _refuses(backend: Backend, pattern: Pattern, call: Call) -> str | None:
+    """Why a backend cannot compute the call exactly; None if it can."""
+    if backend is Backend.FLASH_ATTENTION_4:
+        return flash_attention_4.refuses(pattern, call, _terms(pattern, call))
+    if backend in (Backend.CUDNN_CAUSAL, Backend.CUDNN_FULL):
+        return cudnn.refuses(pattern, call, _terms(pattern, call))
+    if backend is Backend.TRITON_DECODE:
+        return _triton_lacks(call) or decode_refuses(pattern, call)
+    if backend is Backend.TRITON:
+        return _triton_lacks(call) or triton_refuses(pattern, call)
+    if backend is Backend.SDPA_CAUSAL and pattern.q_len != pattern.kv_len:
+        return "its causal mask starts at the first key, whatever the number of queries"
+    if backend in (Backend.SDPA_CAUSAL, Backend.SDPA_FULL):
+        return _sdpa_lacks(call)
+    if backend is Backend.SDPA_MASK:
+        pairs = pattern.q_len * pattern.kv_len * (call.batch if pattern.tensors() else 1)
+        large = f"{pairs} pairs make a large mask" if pairs > _MAX_DENSE_PAIRS else None
+        return _sdpa_lacks(call) or large
+    return None
+
+
+def _reason(backend: Backend, pattern: Pattern, call: Call) -> str:
+    """Why a backend that refuses nothing is the right one."""
+    if backend is Backend.TRITON_DECODE:
+        return "few queries over the keys of a cache"
+    terms = _terms(pattern, call)
+    if backend is Backend.TRITON and isinstance(terms, str):
+        return _VISITS
+    if backend is Backend.SDPA_MASK:
+        return f"{pattern.q_len * pattern.kv_len} pairs are few enough for a mask"
+    if backend is Backend.BLOCKED:
+        return _sdpa_lacks(call) or _VISITS
+    if backend is Backend.DENSE:
+        return "torch.compile is tracing, which the schedule cannot follow"
+    return _in_words(terms, pattern)
 
 
 def _in_words(mask: BuiltIn | str, pattern: Pattern) -> str:
@@ -209,10 +258,6 @@ def _in_words(mask: BuiltIn | str, pattern: Pattern) -> str:
     return "plain causal attention" if words == ["causal"] else ", ".join(words)
 
 
-def _few(pattern: Pattern) -> str:
-    return f"{pattern.q_len * pattern.kv_len} pairs are few enough for a mask"
-
-
 def _sdpa_lacks(call: Call) -> str | None:
     if call.softcap:
         return "SDPA has no softcap"
@@ -224,22 +269,34 @@ def _sdpa_lacks(call: Call) -> str | None:
 
 
 def _triton_beats_sdpa(pattern: Pattern, call: Call) -> bool:
-    """Whether SDPA without cuDNN (FlashAttention-2, or the memory-efficient kernel) is slower."""
+    """Whether SDPA without cuDNN is slower: FlashAttention-2, or none that takes such heads.
+
+    Plain causal at 16,384 tokens, 32/8 heads of 128: 20.2 ms, FlashAttention-2 23.7; with heads of
+    256 at 8,192 tokens it is the other way round (10.6 and 7.6).
+    """
     half = call.dtype in (torch.float16, torch.bfloat16)
     hopper = call.capability is not None and call.capability >= (9, 0)
-    large = hopper and call.pairs(pattern) >= _MANY_PAIRS
+    large = hopper and call.head_dim <= 128 and call.pairs(pattern) >= _MANY_PAIRS
     return half and (large or call.head_dim != call.value_dim)
 
 
-def _sdpa_refuses(pattern: Pattern, call: Call, causal: bool) -> str | None:
-    if causal and pattern.q_len != pattern.kv_len:
-        return "its causal mask starts at the first key, whatever the number of queries"
-    return _sdpa_lacks(call)
+def _has_hopper_kernels(pattern: Pattern, call: Call) -> bool:
+    """Whether Triton has warp-specialised kernels for the call, which is worth their launches.
+
+    Forward and backward, 32/8 heads of 128: plain causal at 16,384 tokens 14.6 ms, of them 13.2 in
+    kernels (FlashAttention-4 12.6, cuDNN 14.1 and 80 for its plan), a window of 1024 at 131,072
+    tokens 18.0 (FlashAttention-4 18.4), of 4096 62 (55), 64 documents 25 (22.7).
+    """
+    half = call.dtype in (torch.float16, torch.bfloat16)
+    dims = (call.head_dim, call.value_dim)
+    served = half and dims == _HOPPER_DIMS and not call.softcap and call.capability == (9, 0)
+    return served and call.pairs(pattern) >= _MANY_PAIRS
 
 
-def _mask_refuses(pattern: Pattern, call: Call, most: int) -> str | None:
-    pairs = pattern.q_len * pattern.kv_len * (call.batch if pattern.tensors() else 1)
-    return _sdpa_lacks(call) or (f"{pairs} pairs make a large mask" if pairs > most else None)
+def _is_narrow(terms: BuiltIn | str) -> bool:
+    """Whether it is a window so narrow that FlashAttention-4's tiles reach far beyond it."""
+    window = None if isinstance(terms, str) or terms.documents else terms.window
+    return window is not None and window <= _NARROW_WINDOW
 
 
 def _triton_lacks(call: Call) -> str | None:

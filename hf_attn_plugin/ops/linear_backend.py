@@ -66,7 +66,7 @@ def choose_linear_backend(call: LinearCall) -> LinearChoice:
     if refused is not None:
         # Nobody expects speed of float64, nor of nothing.
         return torch_backend(refused, falls_back=call.dtype != torch.float64 and not call.empty)
-    return LinearChoice(LinearBackend.TRITON, "all chunks at once, features inside the kernels")
+    return LinearChoice(LinearBackend.TRITON, "computes all chunks at once")
 
 
 def triton_refuses(call: LinearCall) -> str | None:
@@ -75,6 +75,8 @@ def triton_refuses(call: LinearCall) -> str | None:
         return "nothing to attend to"
     if "triton" not in call.installed:
         return "Triton is not installed (pip install triton)"
+    if call.device_type == "cuda" and call.capability is None:
+        return "Triton's kernels are launched for NVIDIA GPUs"
     if call.capability is not None and call.capability < _SMALLEST_CAPABILITY:
         return "Triton's kernels run on compute capability 8.0 and newer"
     if call.dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -167,6 +167,32 @@ def test_a_part_may_be_named() -> None:
     assert_apart(text.double() if text.dtype == torch.float64 else text)
 
 
+def test_encoders_under_compile() -> None:
+    torch._dynamo.reset()
+    model = made(BertModel, BertConfig(**SIZES))("flash")
+    expected = packed_and_alone(model)[0]
+    positions = torch.cat([torch.arange(n) for n in DOCUMENTS]).repeat(2, 1)
+    compiled: Any = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        packed = compiled(random_ids(2, TOKENS), position_ids=positions)
+    torch.testing.assert_close(packed.last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["granite", "kosmos-2.5", "llama"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_under_compile(family: str, masked: bool) -> None:
+    """Where no value may be looked at."""
+    torch._dynamo.reset()
+    model = DECODERS[family]("flash")
+    alone = packed_and_alone(model)[1]
+    kwargs = {"attention_mask": torch.ones(2, TOKENS, dtype=torch.long)} if masked else {}
+    positions = torch.cat([torch.arange(n) for n in DOCUMENTS]).repeat(2, 1)
+    compiled: Any = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        packed = compiled(random_ids(2, TOKENS), position_ids=positions, use_cache=False, **kwargs)
+    torch.testing.assert_close(packed.logits, alone, rtol=1e-4, atol=1e-4)
+
+
 def test_under_peft() -> None:
     assert_apart(get_peft_model(granite("flash"), LoraConfig(target_modules=["q_proj"])))
 

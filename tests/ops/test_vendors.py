@@ -239,7 +239,8 @@ def test_cudnn_comes_before_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     before = torch._C._get_sdp_priority_order()
-    query, key, value = inputs(2, 20, 20)
+    query, key, _ = inputs(2, 20, 20)
+    value = key.detach().cos()
     output = cudnn_attention(query, key, value, causal=True, scaling=0.3)
     assert seen["order"][0] == SDPBackend.CUDNN_ATTENTION.value
     assert before[0] != SDPBackend.CUDNN_ATTENTION.value  # the control

@@ -59,9 +59,18 @@ def triton_attention(
         query, scaling = query * (-1.0 if scaling < 0 else 0.0), -scaling or 1.0
     # Kernels read rows of neighbouring elements; other layouts (rare) are copied.
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-    tensors, numbers = _encode(pattern)
-    output, lse = _forward(query, key, value, sinks, tensors, numbers, float(scaling), softcap)
-    return output, lse
+    if torch.compiler.is_compiling() or type(query) not in (Tensor, torch.nn.Parameter):
+        tensors, numbers = _encode(pattern)
+        return _forward(query, key, value, sinks, tensors, numbers, float(scaling), softcap)
+    device = query.device
+
+    def find_plan() -> Plan:
+        return _plans.find(pattern.q_len, pattern.kv_len, *_encode(pattern), device)
+
+    plan = pattern.derive(("triton plan", device), find_plan)
+    return _EagerAttention.apply(
+        query, key, value, sinks, plan, pattern.dense, float(scaling), softcap
+    )
 
 
 @torch.library.custom_op("hf_attn_plugin::triton_attention", mutates_args=())
@@ -109,16 +118,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and sinks (empty where there are none)."""
     problem = _problem(query, key, value, sinks, tensors, numbers, scaling, softcap)
-    if grad_output.stride(-1) != 1:
-        grad_output = grad_output.contiguous()
-    grad_lse = grad_lse.contiguous()
-    *grads, delta = run_backward(problem, output, lse, grad_output, grad_lse)
-    grad_sinks = query.new_empty(0)
-    if sinks is not None:
-        logits = sinks.float().view(1, -1, 1)
-        # A row without pairs has the sink as its log-sum-exp, and a delta that is not 0.
-        weights = torch.exp(logits - torch.where(lse.isneginf(), 0.0, lse))
-        grad_sinks = -(weights * delta).sum((0, 2)).view(sinks.shape).to(sinks.dtype)
+    *grads, grad_sinks = _gradients(problem, output, lse, grad_output, grad_lse)
+    if grad_sinks is None:
+        grad_sinks = query.new_empty(0)
     return grads[0], grads[1], grads[2], grad_sinks
 
 
@@ -170,12 +172,66 @@ def _differentiate(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
+class _EagerAttention(torch.autograd.Function):
+    """The operators without their dispatch, which takes the host longer than all launches."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        plan: Plan,
+        dense: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        problem = _planned(plan, query, key, value, sinks, dense, scaling, softcap)
+        output, lse = run_forward(problem)
+        ctx.save_for_backward(query, key, value, sinks, dense, output, lse)
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.scaling, ctx.softcap = plan, scaling, softcap
+        return output, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        query, key, value, sinks, dense, output, lse = ctx.saved_tensors
+        problem = _planned(ctx.plan, query, key, value, sinks, dense, ctx.scaling, ctx.softcap)
+        grad_output, grad_lse = grads
+        if grad_output is None:
+            grad_output = torch.zeros_like(output)
+        d_inputs = _gradients(problem, output, lse, grad_output, grad_lse)
+        return *d_inputs, None, None, None, None
+
+
+def _gradients(
+    problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and sinks."""
+    if grad_output.stride(-1) != 1:
+        grad_output = grad_output.contiguous()
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+    *grads, delta = run_backward(problem, output, lse, grad_output, grad_lse)
+    sinks, grad_sinks = problem.sinks, None
+    if sinks is not None:
+        # A row without pairs has the sink as its log-sum-exp; without a sink either, no weight.
+        weights = torch.exp(sinks.float().view(1, -1, 1) - torch.where(lse.isneginf(), 0.0, lse))
+        grad_sinks = -(weights * delta).sum((0, 2)).view(sinks.shape).to(sinks.dtype)
+    return grads[0], grads[1], grads[2], grad_sinks
+
+
 def _encode(pattern: Pattern) -> tuple[list[Tensor], list[int]]:
     """A pattern as an operator takes it."""
-    given = pattern.tensors()
-    tensors = [given[name] for name in _TENSORS if name in given]
-    numbers = [sum(1 << place for place, name in enumerate(_TENSORS) if name in given)]
-    numbers += [int(getattr(pattern, name)) for name in _NUMBERS]
+    tensors, given = [], 0
+    for place, name in enumerate(_TENSORS):
+        field = getattr(pattern, name)
+        if isinstance(field, Tensor):
+            tensors.append(field)
+            given |= 1 << place
+    numbers = [given, *(int(getattr(pattern, name)) for name in _NUMBERS)]
     for name in _OPTIONAL_NUMBERS:
         number = getattr(pattern, name)
         numbers.append(-1 if number is None else number)
@@ -216,6 +272,8 @@ class _Plans:
         numbers: Sequence[int],
         device: torch.device,
     ) -> Plan:
+        if any(t.is_inference() for t in tensors):  # nothing tells whether they were changed
+            return Plan(_decode(q_len, kv_len, tensors, numbers), device)
         versions = tuple((id(t), t._version) for t in tensors)
         key = (q_len, kv_len, tuple(numbers), versions, device)
         if key in self._kept:
@@ -246,9 +304,22 @@ def _problem(
     softcap: float | None,
 ) -> Problem:
     plan = _plans.find(query.shape[2], key.shape[2], tensors, numbers, query.device)
-    shape = shape_of(plan.pattern)
-    tiles = choose_tiles(query.shape[3], value.shape[3], query.dtype, shape)
-    return Problem(query, key, value, sinks, plan, tiles, scaling, softcap)
+    dense = tensors[-1] if numbers[0] >> _TENSORS.index("dense") & 1 else None
+    return _planned(plan, query, key, value, sinks, dense, scaling, softcap)
+
+
+def _planned(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    dense: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> Problem:
+    tiles = choose_tiles(query.shape[3], value.shape[3], query.dtype, shape_of(plan.pattern))
+    return Problem(query, key, value, sinks, plan, tiles, scaling, softcap, dense)
 
 
 def _refuse(query: Tensor, value: Tensor, pattern: Pattern) -> None:

@@ -73,7 +73,7 @@ def triton_decode(
         )
     if torch.compiler.is_compiling():
         plan = _examine(query, key, value, pattern, sinks)
-        rest = (plan.mask, plan.blocks, plan.counts, plan.offset)
+        rest = (plan.mask, plan.blocks, plan.counts, plan.offset, plan.starts)
         numbers = list(plan.numbers)
         output, lse = _decode_op(
             query,
@@ -99,7 +99,9 @@ def triton_decode(
     else:
         # All layers of a forward share one pattern and most calls one shape.
         told = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (query, key, value))
-        launch = pattern.derive(("decode", told, scaling, softcap, sinks is None), prepare)
+        aligned = (key.data_ptr() | value.data_ptr()) % 16  # kernels are compiled for it
+        kind = None if sinks is None else sinks.dtype
+        launch = pattern.derive(("decode", told, aligned, scaling, softcap, kind), prepare)
     output, lse = launch(query, key, value, sinks)
     return output.transpose(1, 2), lse
 
@@ -110,8 +112,11 @@ def _examine(
     """The plan of a call that the kernel takes."""
     check_tensors("triton_decode", query, key, value, pattern)
     heads = query.shape[1]
-    if sinks is not None and sinks.shape != (heads,):
-        raise ValueError(f"triton_decode: sinks must be [{heads}], got {tuple(sinks.shape)}.")
+    if sinks is not None and sinks.numel() != heads:
+        raise ValueError(
+            f"triton_decode: sinks must hold {heads} logits, one per query head; "
+            f"got {tuple(sinks.shape)}."
+        )
     if pattern.dense is not None and pattern.dense.shape[1] not in (1, heads):
         raise ValueError(
             f"triton_decode: the dense mask must have 1 or {heads} heads, not "
@@ -159,16 +164,19 @@ class _Launch:
         programs: Of the first kernel.
         splits: Parts of each row.
         numbers: The first kernel's numbers.
-        constants: What it is compiled for.
-        merging: What the second is compiled for.
+        constants: What it is compiled for, in the order of its arguments, and options.
+        merging: The same of the second kernel.
+        compiled: Both kernels, once they are: called again, they need no look at their arguments,
+            which takes the host as long as everything else here.
     """
 
     plan: Plan
     programs: int
     splits: int
     numbers: tuple[float, ...]
-    constants: dict[str, Any]
-    merging: dict[str, Any]
+    constants: tuple[dict[str, Any], dict[str, Any]]
+    merging: tuple[dict[str, Any], dict[str, Any]]
+    compiled: list[Any] = dataclasses.field(default_factory=list)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
@@ -183,17 +191,25 @@ class _Launch:
             return output, lse
         parts = rows * self.splits
         partial = query.new_empty(parts * (value_dim + 2), dtype=torch.float32)
-        plan = self.plan
-        tensors = (plan.mask, plan.blocks, plan.counts, plan.offset, partial)
         if sinks is not None:
             sinks = sinks.contiguous()
+        plan = self.plan
+        tensors = (plan.mask, plan.blocks, plan.counts, plan.offset, plan.starts, partial)
+        (constants, options), (merging, merge_options) = self.constants, self.merging
+        splitting = (query, key, value, *tensors, *self.numbers, *constants.values())
+        sizes = (heads, q_len, self.splits, parts)
+        joining = (partial, sinks, output, lse, *sizes, *merging.values())
+        split_grid, merge_grid = (self.programs, 1, 1), (rows, 1, 1)
         with torch.cuda.device_of(query):
-            split_kernel[(self.programs,)](
-                query, key, value, *tensors, *self.numbers, **self.constants
-            )
-            merge_kernel[(rows,)](
-                partial, sinks, output, lse, heads, q_len, self.splits, parts, **self.merging
-            )
+            if self.compiled:
+                split, merge = self.compiled
+                split[split_grid](*splitting)
+                merge[merge_grid](*joining)
+                return output, lse
+            split = split_kernel[split_grid](*splitting, **options)
+            merge = merge_kernel[merge_grid](*joining, **merge_options)
+            if split is not None:  # Triton's interpreter compiles nothing
+                self.compiled.extend((split, merge))
         return output, lse
 
 
@@ -230,6 +246,7 @@ def _prepare(
         *_broadcast_strides(plan.blocks, 2)[:1],
         *_broadcast_strides(plan.counts, 1),
         *_broadcast_strides(plan.offset, 1),
+        *_broadcast_strides(plan.starts, 1),
         kv_heads,
         groups,
         q_len,
@@ -254,14 +271,13 @@ def _prepare(
         "MASK_ROWS": 0 if plan.mask is None else 1 if mask_strides[1:3] == (0, 0) else 2,
         "HAS_LIST": plan.blocks is not None,
         "HAS_OFFSET": plan.offset is not None,
+        "HAS_STARTS": plan.starts is not None,
         "SPARSE": plan.sparse,
         "STEPS": plan.steps,
         "SOFTCAP": softcap is not None,
         # Single tf32 products are not float32; three of them are.
         "PRECISION": "tf32x3" if query.dtype == torch.float32 else "ieee",
         "OVERLAP": overlap,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
     }
     merging = {
         "VALUE_DIM": value_dim,
@@ -269,12 +285,14 @@ def _prepare(
         "PARTS": _MERGED_PARTS,
         "HAS_SINKS": sinks,
         "OVERLAP": overlap,
-        "num_warps": 4,
-        **({"launch_pdl": True} if overlap else {}),
     }
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    merge_options = {"num_warps": 4, **({"launch_pdl": True} if overlap else {})}
     if plan.mask is not None:
         plan = dataclasses.replace(plan, mask=plan.mask.view(torch.uint8))
-    return _Launch(plan, tiles * splits, splits, numbers, constants, merging)
+    return _Launch(
+        plan, tiles * splits, splits, numbers, (constants, options), (merging, merge_options)
+    )
 
 
 def _decode(
@@ -286,6 +304,7 @@ def _decode(
     blocks: Tensor | None,
     counts: Tensor | None,
     offset: Tensor | None,
+    starts: Tensor | None,
     numbers: list[int],
     sparse: bool,
     steps: bool,
@@ -294,7 +313,7 @@ def _decode(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The call as ``torch.compile`` sees it; arguments as in `Plan`."""
-    plan = Plan(tuple(numbers), sparse, steps, keys, offset, mask, blocks, counts)
+    plan = Plan(tuple(numbers), sparse, steps, keys, offset, starts, mask, blocks, counts)
     launch = _prepare(query, key, value, plan, scaling, softcap, sinks is not None)
     return launch(query, key, value, sinks)
 

@@ -17,7 +17,7 @@ _NUMBERS = [
     "stride_kb", "stride_kh", "stride_kn", "stride_kd",
     "stride_vb", "stride_vh", "stride_vn", "stride_vd",
     "stride_mb", "stride_mh", "stride_mq", "stride_mn",
-    "stride_bb", "stride_cb", "stride_ob",
+    "stride_bb", "stride_cb", "stride_ob", "stride_sb",
     "kv_heads", "groups", "q_len", "kv_len", "splits", "row_tiles",
     "first", "back", "ahead", "near", "prefix", "global_rows", "dilation", "stride", "parts",
 ]  # fmt: skip
@@ -53,15 +53,15 @@ def _visible(
 
 @triton.jit(
     do_not_specialize=_NUMBERS,
-    do_not_specialize_on_alignment=["query", "mask", "blocks", "counts", "offset"],
+    do_not_specialize_on_alignment=["query", "mask", "blocks", "counts", "offset", "starts"],
 )
 def split_kernel(
-    query, key, value, mask, blocks, counts, offset, partial,
+    query, key, value, mask, blocks, counts, offset, starts, partial,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qn: tl.int64, stride_qd: tl.int64,
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64, stride_kd: tl.int64,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vn: tl.int64, stride_vd: tl.int64,
     stride_mb: tl.int64, stride_mh: tl.int64, stride_mq: tl.int64, stride_mn: tl.int64,
-    stride_bb, stride_cb, stride_ob,
+    stride_bb, stride_cb, stride_ob, stride_sb,
     kv_heads, groups, q_len, kv_len, splits, row_tiles,
     first, back, ahead, near, prefix, global_rows, dilation, stride,
     parts: tl.int64, scaling, softcap,
@@ -70,6 +70,7 @@ def split_kernel(
     ROWS: tl.constexpr, KEYS: tl.constexpr,
     K_UNIT: tl.constexpr, V_UNIT: tl.constexpr,
     MASK_ROWS: tl.constexpr, HAS_LIST: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
     SPARSE: tl.constexpr, STEPS: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -102,6 +103,8 @@ def split_kernel(
     high = tl.where(inside_rows, tl.minimum(at + ahead, kv_len), 0)
     row_global = (at >= 0) & (at < tl.minimum(global_rows, kv_len))
     begin = tl.maximum(first - back + 1, 0)
+    if HAS_STARTS:
+        begin = tl.maximum(begin, tl.load(starts + batch * stride_sb).to(tl.int32))
     end = tl.maximum(tl.minimum(last + ahead, kv_len), begin)
     near_begin, near_end, prefix_end = begin, end, begin
     if SPARSE:
@@ -222,7 +225,10 @@ def split_kernel(
     tl.store(partial + place[:, None] * VALUE_DIM + v_dims[None, :], acc, mask=acc_ok)
 
 
-@triton.jit(do_not_specialize=["heads", "q_len", "splits", "parts"])
+@triton.jit(
+    do_not_specialize=["heads", "q_len", "splits", "parts"],
+    do_not_specialize_on_alignment=["sinks"],
+)
 def merge_kernel(
     partial, sinks, output, lse, heads, q_len, splits, parts: tl.int64,
     VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr, HAS_SINKS: tl.constexpr,

@@ -114,6 +114,7 @@ class Plan:
         steps: Whether ``dilation`` or ``stride`` does.
         keys: The most keys that the queries see; decides the number of splits.
         offset: int ``[batch or 1]``, the first query's position, on the device.
+        starts: int ``[batch or 1]``, a key before which none may attend.
         mask: bool ``[batch or 1, heads or 1, queries or 1, kv_len]``, pairs that may attend.
         blocks: int32 ``[batch or 1, key blocks]``, the blocks to visit, where they are listed.
         counts: int32 ``[batch or 1]``, how many of them.
@@ -124,6 +125,7 @@ class Plan:
     steps: bool
     keys: int
     offset: Tensor | None = None
+    starts: Tensor | None = None
     mask: Tensor | None = None
     blocks: Tensor | None = None
     counts: Tensor | None = None
@@ -134,7 +136,7 @@ def make_plan(pattern: Pattern, device: torch.device, block: int) -> Plan:
     if needs_pairs(pattern):
         mask, blocks, counts = _pairs(pattern, device, block)
         numbers = (0, FAR, FAR, 0, 0, 0, 1, 0)
-        return Plan(numbers, False, False, _most_keys(pattern), None, mask, blocks, counts)
+        return Plan(numbers, False, False, _most_keys(pattern), None, None, mask, blocks, counts)
     offset = pattern.q_offset
     if isinstance(offset, Tensor):
         first, offset = -pattern.kv_offset, offset.reshape(-1)
@@ -155,8 +157,11 @@ def make_plan(pattern: Pattern, device: torch.device, block: int) -> Plan:
     )
     valid = pattern.key_valid
     allowed = pattern.dense if valid is None else valid[:, None, None]
+    starts = None  # padding on the left, which is most of a batch of unequal lengths, is not read
+    if valid is not None and pattern.kv_len > 0:
+        starts = valid.to(torch.uint8).argmax(1)
     steps = pattern.is_sparse and (pattern.dilation > 1 or pattern.stride is not None)
-    return Plan(numbers, pattern.is_sparse, steps, _most_keys(pattern), offset, allowed)
+    return Plan(numbers, pattern.is_sparse, steps, _most_keys(pattern), offset, starts, allowed)
 
 
 def _most_keys(pattern: Pattern) -> int:

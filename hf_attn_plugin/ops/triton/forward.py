@@ -1,7 +1,7 @@
 """The forward kernel: online softmax over the blocks that a plan names (arXiv 2205.14135)."""
 
 # mypy: ignore-errors
-# ruff: noqa: F821, N803, N806, SIM - Triton's types, constants of the compiler in upper case, its `if`
+# ruff: noqa: F821, N803, N806, SIM102 - Triton's types, constants of the compiler in upper case
 
 import triton
 import triton.language as tl

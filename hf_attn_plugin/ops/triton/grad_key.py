@@ -1,7 +1,7 @@
 """The kernel of the keys' and values' gradients."""
 
 # mypy: ignore-errors
-# ruff: noqa: F821, N803, SIM - Triton's types, constants of the compiler in upper case, its `if`
+# ruff: noqa: F821, N803 - Triton's types, constants of the compiler in upper case
 
 import triton
 import triton.language as tl
@@ -239,8 +239,8 @@ def grad_key_kernel(
                     turn, pack, acc_key, acc_value, k, v, query, grad_output, q_strides,
                     go_strides, base_lse, delta, batch, first_row, entries, blocks, full, own,
                     in_kv, kv_dense, q_info, q_order, q_len, dense, mask_strides, numbers,
-                    to_log2, cap_rate, TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH,
-                    HEADS, TOKENS, PRECISION, NEVER,
+                    to_log2, cap_rate, TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH,
+                    VALUE_WIDTH, HEADS, TOKENS, PRECISION, NEVER,
                 )  # fmt: skip
             for other in tl.range(begin, end - (full_to - full_from), num_stages=STAGES):
                 turn = tl.where(other < full_from, other, other + (full_to - full_from))
@@ -248,8 +248,8 @@ def grad_key_kernel(
                     turn, pack, acc_key, acc_value, k, v, query, grad_output, q_strides,
                     go_strides, base_lse, delta, batch, first_row, entries, blocks, full, own,
                     in_kv, kv_dense, q_info, q_order, q_len, dense, mask_strides, numbers,
-                    to_log2, cap_rate, TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH,
-                    HEADS, TOKENS, PRECISION, ALWAYS,
+                    to_log2, cap_rate, TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH,
+                    VALUE_WIDTH, HEADS, TOKENS, PRECISION, ALWAYS,
                 )  # fmt: skip
     else:
         # One loop over the packs of the group: a loop for each would refill the pipeline.
@@ -260,8 +260,8 @@ def grad_key_kernel(
                 begin + step % count, pack, acc_key, acc_value, k, v, query, grad_output,
                 q_strides, go_strides, base_lse, delta, batch, first_row, entries, blocks, full,
                 own, in_kv, kv_dense, q_info, q_order, q_len, dense, mask_strides, numbers,
-                to_log2, cap_rate, TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH,
-                HEADS, TOKENS, PRECISION, WHERE_NEEDED,
+                to_log2, cap_rate, TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH,
+                VALUE_WIDTH, HEADS, TOKENS, PRECISION, WHERE_NEEDED,
             )  # fmt: skip
     acc_key = acc_key * scaling
     offsets = row_offsets(batch, kv_head, token, (dk_batch, dk_head, dk_token), 1, WIDTH)

@@ -1,7 +1,7 @@
 """The kernel of the queries' gradients, which also prepares what the keys' kernel reads."""
 
 # mypy: ignore-errors
-# ruff: noqa: F821, N803, N806, SIM - Triton's types, constants of the compiler in upper case, its `if`
+# ruff: noqa: F821, N803, N806 - Triton's types, constants of the compiler in upper case
 
 import triton
 import triton.language as tl
@@ -206,7 +206,8 @@ def grad_query_kernel(
     row_lse = tl.load(lse + index, mask=in_q, other=float("-inf"))
     # d score = weight * (d weight - delta): the log-sum-exp's own gradient enters here too.
     row_delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
-    row_delta -= tl.load(grad_lse + index, mask=in_q, other=0.0)
+    if grad_lse is not None:
+        row_delta -= tl.load(grad_lse + index, mask=in_q, other=0.0)
     empty = row_lse == float("-inf")
     row_delta = tl.where(empty, 0.0, row_delta)
     base = tl.where(empty, float("inf"), row_lse * LOG2E)

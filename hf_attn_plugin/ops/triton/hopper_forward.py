@@ -6,7 +6,7 @@ is persistent: the loads of a program's next item start while it finishes this o
 """
 
 # mypy: ignore-errors
-# ruff: noqa: N803, N806 - upper case marks what is known when a kernel is compiled
+# ruff: noqa: F821, N803, RUF005, SIM102 - upper case is known when a kernel is compiled; Gluon has no `*`
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,6 +29,7 @@ from hf_attn_plugin.ops.triton.hopper_pieces import (
     run_facts,
     turns_of_program,
     visited,
+    warps_barrier,
     work_item,
 )
 
@@ -287,10 +288,10 @@ def _compute(
             out = acc * gl.convert_layout(1.0 / safe, out_row_layout)[:, None]
             # The store of the item before may still read the tile.
             tma.store_wait(0)
-            gl.thread_barrier()
+            warps_barrier()
             o_tile.index(part).reshape([ROWS, DIM]).store(out.to(dtype))
             fence_async_shared()
-            gl.thread_barrier()
+            warps_barrier()
             store_own_rows(output, o_tile.index(part), part, batch, pack, block, HEADS, TOKENS)
         else:
             first = (slot.to(gl.int64) * batch_packs + batch * packs + pack) * (2 * ROWS)
@@ -319,7 +320,7 @@ def hopper_forward_kernel(
     items,
     q_info,
     item_batch,
-    q_info_batch,
+    q_info_batch: "i64",
     num_items,
     batch_packs,
     packs,
@@ -383,5 +384,5 @@ def hopper_forward_kernel(
             ),
         ],
         [4, 1],
-        [240, 24],
+        [232, 40],
     )  # fmt: skip

@@ -6,13 +6,16 @@ empty; the phase of a barrier flips every time it completes.
 """
 
 # mypy: ignore-errors
-# ruff: noqa: N803, N806 - upper case marks what is known when a kernel is compiled
+# ruff: noqa: N803 - upper case marks what is known when a kernel is compiled
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
+
+# A barrier among the warps of one partition: Triton 3.6 calls it so, 3.7 otherwise.
+warps_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 # Rows that one warpgroup computes: those of a wgmma instruction.
 ROWS = gl.constexpr(64)

@@ -7,10 +7,11 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hf_attn_plugin.ops.triton import hopper
+from hf_attn_plugin.ops.triton.dispatch import launch, on_device
 from hf_attn_plugin.ops.triton.forward import forward_kernel
 from hf_attn_plugin.ops.triton.grad_key import grad_key_kernel
 from hf_attn_plugin.ops.triton.grad_query import grad_query_kernel
@@ -35,6 +36,7 @@ class Problem:
         tiles: Sizes of tiles.
         scaling: Factor on the scores, above 0.
         softcap: Cap of the scores or None.
+        dense: The pattern's mask of the caller's own, or None.
     """
 
     query: Tensor
@@ -45,6 +47,7 @@ class Problem:
     tiles: Tiles
     scaling: float
     softcap: float | None
+    dense: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -63,7 +66,7 @@ class Problem:
 
     def runtime(self, step: Pass, tile: Tile, work: Work) -> dict[str, Any]:
         """Arguments that all three kernels take and that differ between lengths and layouts."""
-        dense = self.plan.pattern.dense
+        dense = self.dense
         mask_strides = [0, 0, 0, 0]
         if dense is not None:
             mask_strides = [
@@ -94,12 +97,14 @@ class Problem:
             "cap_rate": cap_rate,
         }
 
-    def fixed(self, step: Pass, tile: Tile) -> dict[str, Any]:
+    def fixed(self, step: Pass, tile: Tile, unit: int, tma: bool) -> dict[str, Any]:
         """What a kernel is compiled for."""
         heads = tile.heads(self.groups)
         head_dim, value_dim = self.query.shape[3], self.value.shape[3]
         return {
             "TERMS": step.terms,
+            "UNIT": unit,
+            "TMA": tma,
             "SOFTCAP": self.softcap is not None,
             "HEAD_DIM": head_dim,
             "VALUE_DIM": value_dim,
@@ -117,15 +122,24 @@ class Problem:
 
 def width(dim: int) -> int:
     """Columns of a tile that holds ``dim`` of them."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def run_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, in new memory."""
+    query = problem.query
+    output, lse = empty_results(query, problem.value)
+    if lse.numel():
+        with on_device(query):
+            _forward(problem, output, lse)
+    return output, lse
+
+
+def _forward(problem: Problem, output: Tensor, lse: Tensor) -> None:
     query, key, value = problem.query, problem.key, problem.value
-    output, lse = empty_results(query, value)
-    if not lse.numel():
-        return output, lse
+    if hopper.serves(problem, query, key, value, output):
+        hopper.forward(problem, output, lse)
+        return
     tile = problem.tiles.forward
     heads = tile.heads(problem.groups)
     packs = query.shape[1] // heads
@@ -133,58 +147,49 @@ def run_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     for last, step in _passes(problem):
         work = problem.work(step, tile)
         target = output if last else torch.empty_like(output, dtype=torch.float32)
-        tma = _by_descriptor(step, key, value)
         unit = _unit(query, key, value)
+        tma = _by_descriptor(step, unit, key, value)
         slices = work.num_slots * problem.batch * packs * tile.rows
-        state = _scratch(query, slices, 2)
-        partial = _scratch(query, slices, width(value.shape[3]))
-        forward_kernel[(work.num_items * problem.batch * packs,)](
-            query,
-            _keys_descriptor(key, tile.keys) if tma else key,
-            _keys_descriptor(value, tile.keys) if tma else value,
-            target,
-            lse,
-            problem.sinks,
-            earlier,
-            partial_output=partial,
-            partial_state=state,
+        state = _scratch(lse, slices, 2)
+        partial = _scratch(lse, slices, width(value.shape[3]))
+        arguments = {
+            "query": query,
+            "key": _keys_descriptor(key, tile.keys) if tma else key,
+            "value": _keys_descriptor(value, tile.keys) if tma else value,
+            "output": target,
+            "lse": lse,
+            "sinks": problem.sinks,
+            "earlier": earlier,
+            "partial_output": partial,
+            "partial_state": state,
             **_strides("q", query, unit),
             **_strides("k", key, unit),
             **_strides("v", value, unit),
             **_strides("o", target),
-            batch_packs=problem.batch * packs,
-            packs=packs,
-            UNIT=unit,
-            TMA=tma,
+            "batch_packs": problem.batch * packs,
+            "packs": packs,
             **problem.runtime(step, tile, work),
-            **problem.fixed(step, tile),
-        )
+        }
+        programs = work.num_items * problem.batch * packs
+        launch(forward_kernel, programs, arguments, problem.fixed(step, tile, unit, tma))
         if work.num_splits:
-            merge_outputs_kernel[(work.num_splits * problem.batch * packs,)](
-                partial,
-                state,
-                target,
-                lse,
-                work.splits,
-                step.q_order,
-                **_strides("out", target),
-                **_merging(problem, step, tile, work, packs, value.shape[3]),
-            )
+            arguments = {"partial_output": partial, "partial_state": state, "lse": lse}
+            _merge(problem, step, tile, work, target, merge_outputs_kernel, arguments)
         earlier = target
-    return output, lse
 
 
 def run_backward(
-    problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor
+    problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value; and per row the mean of d weight, ``[batch, heads, q]``."""
     query, key, value = problem.query, problem.key, problem.value
     d_query, d_key, d_value = (torch.empty_like(t) for t in (query, key, value))
     delta, base_lse = torch.empty_like(lse), torch.empty_like(lse)
-    if lse.numel():
-        _grad_query(problem, output, lse, grad_output, grad_lse, d_query, base_lse, delta)
-    if key.numel():
-        _grad_key(problem, grad_output, base_lse, delta, d_key, d_value)
+    with on_device(query):
+        if lse.numel():
+            _grad_query(problem, output, lse, grad_output, grad_lse, d_query, base_lse, delta)
+        if key.numel():
+            _grad_key(problem, grad_output, base_lse, delta, d_key, d_value)
     return d_query, d_key, d_value, delta
 
 
@@ -193,58 +198,54 @@ def _grad_query(
     output: Tensor,
     lse: Tensor,
     grad_output: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     grad_query: Tensor,
     base_lse: Tensor,
     delta: Tensor,
 ) -> None:
     query, key, value = problem.query, problem.key, problem.value
+    if hopper.serves(problem, query, key, value, output, grad_output, grad_query):
+        hopper.grad_query(problem, output, lse, grad_output, grad_lse, grad_query, base_lse, delta)
+        return
     tile = problem.tiles.grad_query
     packs = query.shape[1] // tile.heads(problem.groups)
     earlier = None
     for last, step in _passes(problem):
         work = problem.work(step, tile)
         target = grad_query if last else torch.empty_like(grad_query, dtype=torch.float32)
-        tma = _by_descriptor(step, key, value)
         unit = _unit(query, key, value, grad_output)
+        tma = _by_descriptor(step, unit, key, value)
         slices = work.num_slots * problem.batch * packs * tile.rows
-        partial = _scratch(query, slices, width(query.shape[3]))
-        grad_query_kernel[(work.num_items * problem.batch * packs,)](
-            query,
-            _keys_descriptor(key, tile.keys) if tma else key,
-            _keys_descriptor(value, tile.keys) if tma else value,
-            output,
-            lse,
-            grad_output,
-            grad_lse,
-            target,
-            base_lse,
-            delta,
-            earlier,
-            partial=partial,
+        partial = _scratch(lse, slices, width(query.shape[3]))
+        arguments = {
+            "query": query,
+            "key": _keys_descriptor(key, tile.keys) if tma else key,
+            "value": _keys_descriptor(value, tile.keys) if tma else value,
+            "output": output,
+            "lse": lse,
+            "grad_output": grad_output,
+            "grad_lse": grad_lse,
+            "grad_query": target,
+            "base_lse": base_lse,
+            "delta": delta,
+            "earlier": earlier,
+            "partial": partial,
             **_strides("q", query, unit),
             **_strides("k", key, unit),
             **_strides("v", value, unit),
             **_strides("o", output),
             **_strides("go", grad_output, unit),
             **_strides("d", target),
-            batch_packs=problem.batch * packs,
-            packs=packs,
-            scaling=problem.scaling,
-            UNIT=unit,
-            TMA=tma,
+            "batch_packs": problem.batch * packs,
+            "packs": packs,
+            "scaling": problem.scaling,
             **problem.runtime(step, tile, work),
-            **problem.fixed(step, tile),
-        )
+        }
+        programs = work.num_items * problem.batch * packs
+        launch(grad_query_kernel, programs, arguments, problem.fixed(step, tile, unit, tma))
         if work.num_splits:
-            merge_sums_kernel[(work.num_splits * problem.batch * packs,)](
-                partial,
-                target,
-                work.splits,
-                step.q_order,
-                **_strides("out", target),
-                **_merging(problem, step, tile, work, packs, query.shape[3]),
-            )
+            arguments = {"partial": partial}
+            _merge(problem, step, tile, work, target, merge_sums_kernel, arguments)
         earlier = target
 
 
@@ -257,6 +258,9 @@ def _grad_key(
     grad_value: Tensor,
 ) -> None:
     query, key, value = problem.query, problem.key, problem.value
+    if hopper.serves(problem, query, key, value, grad_output, grad_key, grad_value):
+        hopper.grad_key(problem, grad_output, base_lse, delta, grad_key, grad_value)
+        return
     tile = problem.tiles.grad_key
     heads = tile.heads(problem.groups)
     kv_heads = key.shape[1]
@@ -269,45 +273,41 @@ def _grad_key(
                 torch.empty_like(grad_key, dtype=torch.float32),
                 torch.empty_like(grad_value, dtype=torch.float32),
             )
-        tma = _by_descriptor(step, query, grad_output)
         unit = _unit(query, key, value, grad_output)
+        tma = _by_descriptor(step, unit, query, grad_output)
         slices = work.num_slots * problem.batch * kv_heads * tile.keys
-        partials = [_scratch(query, slices, width(t.shape[3])) for t in targets]
-        grad_key_kernel[(work.num_items * problem.batch * kv_heads,)](
-            _queries_descriptor(query, heads, tile.rows // heads) if tma else query,
-            key,
-            value,
-            _queries_descriptor(grad_output, heads, tile.rows // heads) if tma else grad_output,
-            base_lse,
-            delta,
-            *targets,
-            *earlier,
-            partial_key=partials[0],
-            partial_value=partials[1],
+        partials = [_scratch(delta, slices, width(t.shape[3])) for t in targets]
+        tokens = tile.rows // heads
+        arguments = {
+            "query": _queries_descriptor(query, heads, tokens) if tma else query,
+            "key": key,
+            "value": value,
+            "grad_output": _queries_descriptor(grad_output, heads, tokens) if tma else grad_output,
+            "base_lse": base_lse,
+            "delta": delta,
+            "grad_key": targets[0],
+            "grad_value": targets[1],
+            "earlier_key": earlier[0],
+            "earlier_value": earlier[1],
+            "partial_key": partials[0],
+            "partial_value": partials[1],
             **_strides("q", query, unit),
             **_strides("k", key, unit),
             **_strides("v", value, unit),
             **_strides("go", grad_output, unit),
             **_strides("dk", targets[0]),
             **_strides("dv", targets[1]),
-            batch_heads=problem.batch * kv_heads,
-            kv_heads=kv_heads,
-            scaling=problem.scaling,
-            UNIT=unit,
-            TMA=tma,
+            "batch_heads": problem.batch * kv_heads,
+            "kv_heads": kv_heads,
+            "scaling": problem.scaling,
             **problem.runtime(step, tile, work),
-            **problem.fixed(step, tile),
-        )
+        }
+        programs = work.num_items * problem.batch * kv_heads
+        launch(grad_key_kernel, programs, arguments, problem.fixed(step, tile, unit, tma))
         if work.num_splits:
             for partial, target in zip(partials, targets, strict=True):
-                merge_sums_kernel[(work.num_splits * problem.batch * kv_heads,)](
-                    partial,
-                    target,
-                    work.splits,
-                    step.kv_order,
-                    **_strides("out", target),
-                    **_merging(problem, step, tile, work, kv_heads, target.shape[3], of_keys=True),
-                )
+                sums: dict[str, Any] = {"partial": partial}
+                _merge(problem, step, tile, work, target, merge_sums_kernel, sums, of_keys=True)
         earlier = targets
 
 
@@ -327,31 +327,46 @@ def _passes(problem: Problem) -> list[tuple[bool, Pass]]:
     return [(step is passes[-1], step) for step in passes]
 
 
-def _scratch(like: Tensor, rows: int, columns: int) -> Tensor:
-    return like.new_empty(max(rows, 1), columns, dtype=torch.float32)
+def _scratch(idle: Tensor, rows: int, columns: int) -> Tensor:
+    """float32 memory for partial results; ``idle``, which nobody then writes, where there are none.
+
+    Kernels get a pointer in any case: what is split must not change what is compiled.
+    """
+    return idle.new_empty(rows, columns) if rows else idle
 
 
-def _merging(
+def _merge(
     problem: Problem,
     step: Pass,
     tile: Tile,
     work: Work,
-    packs: int,
-    dim: int,
+    target: Tensor,
+    kernel: Any,
+    arguments: dict[str, Any],
     of_keys: bool = False,
-) -> dict[str, Any]:
-    """Arguments of the merge kernels for tiles of queries, or of keys."""
+) -> None:
+    """Put the slices of tiles of queries, or of keys, together in ``target``."""
     heads = 1 if of_keys else tile.heads(problem.groups)
-    return {
+    packs = target.shape[1] // heads
+    dim = target.shape[3]
+    arguments = {
+        **arguments,
+        "output": target,
+        "splits": work.splits,
+        "order": step.kv_order if of_keys else step.q_order,
+        **_strides("out", target),
         "batch_packs": problem.batch * packs,
         "packs": packs,
-        "length": problem.key.shape[2] if of_keys else problem.query.shape[2],
+        "length": target.shape[2],
         "split_batch": work.num_splits if work.splits.shape[0] > 1 else 0,
+    }
+    fixed = {
         "DIM": dim,
         "WIDTH": width(dim),
         "HEADS": heads,
         "TOKENS": tile.keys if of_keys else tile.rows // heads,
     }
+    launch(kernel, work.num_splits * problem.batch * packs, arguments, fixed)
 
 
 def _strides(name: str, tensor: Tensor, unit: int = 1) -> dict[str, int]:
@@ -366,39 +381,36 @@ def _batch_stride(tensor: Tensor) -> int:
     return tensor.stride(0) if tensor.shape[0] > 1 else 0
 
 
-def _aligned(tensor: Tensor) -> bool:
-    """Whether every row starts at a multiple of 16 bytes."""
-    size = tensor.element_size()
-    return tensor.data_ptr() % 16 == 0 and all(
-        stride * size % 16 == 0
-        for count, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-        if count > 1
-    )
-
-
 def _unit(*tensors: Tensor) -> int:
-    """Elements in 16 bytes where all rows are aligned to them, else 1.
+    """Elements in 16 bytes where all rows start at a multiple of these, else 1.
 
     Kernels multiply by it, and so know how far their loads are aligned without being compiled anew
     for every length.
     """
-    return 16 // tensors[0].element_size() if all(_aligned(t) for t in tensors) else 1
+    unit = 16 // tensors[0].element_size()
+    for tensor in tensors:
+        if tensor.data_ptr() % 16:
+            return 1
+        for count, stride in zip(tensor.shape[:3], tensor.stride(), strict=False):
+            if count > 1 and stride % unit:
+                return 1
+    return unit
 
 
-def _by_descriptor(step: Pass, *tensors: Tensor) -> bool:
+def _by_descriptor(step: Pass, unit: int, *tensors: Tensor) -> bool:
     """Whether the loop's tiles can be loaded by tensor descriptors (TMA) rather than pointers.
 
     Descriptors need neighbouring tokens, 16-byte strides that are not 0, and something to load.
     """
-    if step.q_order is not None or step.kv_order is not None:
+    if unit == 1 or step.q_order is not None or step.kv_order is not None:
         return False
-    return all(
-        t.numel() > 0
-        and _aligned(t)
-        and t.shape[3] * t.element_size() >= 16
-        and all(stride > 0 for n, stride in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1)
-        for t in tensors
-    )
+    for tensor in tensors:
+        if not tensor.numel() or tensor.shape[3] < unit:
+            return False
+        for count, stride in zip(tensor.shape[:3], tensor.stride(), strict=False):
+            if count > 1 and stride <= 0:
+                return False
+    return True
 
 
 def _descriptor(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:

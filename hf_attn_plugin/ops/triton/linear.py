@@ -26,6 +26,8 @@ from hf_attn_plugin.ops.triton.linear_layout import Layout, lay_out
 from hf_attn_plugin.patterns import Pattern
 
 _SCAN_BLOCK = 1024
+# Two programs share a multiprocessor with so few registers, and nothing is spilled.
+_STATES_LAUNCH = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
 
 
 def triton_linear_attention(
@@ -55,7 +57,15 @@ def triton_linear_attention(
 
     Returns:
         The output ``[batch, heads, q_len, value_dim]`` and the state after all keys.
+
+    Raises:
+        ValueError: The tensors are not on a GPU (and Triton does not interpret its kernels).
     """
+    if query.device.type != "cuda" and isinstance(read_states, triton.JITFunction):
+        raise ValueError(
+            f"linear_attention: Triton's kernels need a GPU, the tensors are on {query.device}. "
+            "Pass backend=None."
+        )
     lead = pattern.first_query - pattern.kv_offset if pattern.causal else None
     results = linear_attention_forward(
         query, key, value, state.sums, state.log_scale,
@@ -176,7 +186,7 @@ def linear_attention_forward(
             output, normalisers, *value.stride(), *output.stride(), *masks.strides,
             kv_heads, q_len, kv_len, layout.lead, layout.first, layout.chunks, layout.count,
             value_dim,
-            **kind, num_warps=layout.warps, num_stages=2,
+            **kind, **layout.launch,
         )  # fmt: skip
     states, columns, tops = before
     return output, end_sums, end_top, normalisers, states, columns, tops
@@ -292,7 +302,7 @@ def linear_attention_backward(
         inputs = (q.values, k.values, value, grad)
         pointers = masks.pointers(query)
         strides = (*value.stride(), *grad.stride())
-        options = {"ELU": not fields, **kind, "num_warps": layout.warps, "num_stages": 2}
+        options = {"ELU": not fields, **kind, **layout.launch}
         tiles = layout.chunk // layout.tile
         query_gradients[(layout.feature_tiles * layout.count * tiles * batch * heads,)](
             *inputs, q.scales, k.scales, normalisers, deltas, *pointers,
@@ -309,7 +319,7 @@ def linear_attention_backward(
             q.values, k.values, grad, k.scales, normalisers, *pointers,
             after, top_after, grads[2],
             *grad.stride(), *grads[2].stride(), *masks.strides,
-            *sizes, value_dim, **kind, num_warps=layout.warps, num_stages=2,
+            *sizes, value_dim, **kind, **layout.launch,
         )  # fmt: skip
         if isinstance(feature_map, FavorFeatures):
             grads[0] = favor_backward(feature_map, query, q_grad, scaling)
@@ -373,7 +383,7 @@ def _chunk_sums(
     grid = (layout.feature_tiles * layout.value_tiles * count * v.shape[0] * kv_heads,)
     chunk_states[grid](
         phi, v, *weights, *masks.pointers(v), *own, *v.stride(), *masks.strides, *sizes,
-        **kind, num_warps=8, num_stages=2,
+        **kind, **_STATES_LAUNCH,
     )  # fmt: skip
     return own
 

@@ -18,6 +18,8 @@ class Layout:
         chunk: Positions in a chunk.
         tile: Tokens in a tile.
         warps: Warps of a program that computes a tile of output or gradient.
+        stages: Tiles that such a program loads ahead.
+        registers: The most that a thread of it may have; None for no limit.
         feature_tile: Features in a tile.
         feature_tiles: Tiles along the features.
         value_tile: Values in a tile.
@@ -32,6 +34,8 @@ class Layout:
     chunk: int
     tile: int
     warps: int
+    stages: int
+    registers: int | None
     feature_tile: int
     feature_tiles: int
     value_tile: int
@@ -57,6 +61,12 @@ class Layout:
         return self.value_tile * self.value_tiles
 
     @property
+    def launch(self) -> dict[str, int]:
+        """How a program that computes a tile of output or gradient is launched."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+
+    @property
     def tiles(self) -> dict[str, Any]:
         """Constants of the kernels."""
         return {
@@ -76,7 +86,9 @@ def lay_out(
     chunk: int | None = None,
     *,
     tile: int | None = None,
-    warps: int = 8,
+    warps: int = 4,
+    stages: int = 2,
+    registers: int | None = None,
 ) -> Layout:
     """Tiles and chunks of a call.
 
@@ -90,6 +102,8 @@ def lay_out(
         chunk: Positions in a chunk, rounded up to whole tiles; None for the measured best.
         tile: Tokens in a tile; None for the measured best.
         warps: Warps of a program.
+        stages: Tiles to load ahead.
+        registers: Limit for a thread.
     """
     mode = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(dtype, "tf32x3")
     widest = 128 if mode == "bf16" else 64
@@ -102,7 +116,7 @@ def lay_out(
     if chunk is None:
         # A longer chunk has fewer states to write and read, a shorter one fewer pairs to compute.
         # Where all queries see all keys there are no pairs.
-        chunk = 256 if lead is not None else 1024
+        chunk = 128 if lead is not None else 1024
     chunk = tile * _ceil(chunk, tile)
     chunks = _ceil(kv_len, chunk)
     if lead is None or lead >= kv_len:
@@ -114,6 +128,8 @@ def lay_out(
         chunk=chunk,
         tile=tile,
         warps=warps,
+        stages=stages,
+        registers=registers,
         feature_tile=feature_tile,
         feature_tiles=_ceil(num_features, feature_tile),
         value_tile=value_tile,

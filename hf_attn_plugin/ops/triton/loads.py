@@ -1,7 +1,7 @@
 """Pieces that the attention kernels share: work items, tiles of rows, scores."""
 
 # mypy: ignore-errors
-# ruff: noqa: N803, SIM - Triton's types, constants of the compiler in upper case, its `if`
+# ruff: noqa: N803, SIM108 - Triton's types, constants of the compiler in upper case
 
 import triton
 import triton.language as tl

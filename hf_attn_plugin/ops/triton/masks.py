@@ -7,7 +7,7 @@ the terms that a pattern does not have: one compiled kernel serves all of them.
 """
 
 # mypy: ignore-errors
-# ruff: noqa: N803, SIM - Triton's types, constants of the compiler in upper case, its `if`
+# ruff: noqa: N803, SIM108 - Triton's types, constants of the compiler in upper case
 
 import triton
 import triton.language as tl

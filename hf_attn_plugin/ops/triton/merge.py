@@ -1,7 +1,7 @@
 """Kernels that put together what several programs computed of one row or column, in order."""
 
 # mypy: ignore-errors
-# ruff: noqa: F821, N803, N806, SIM - Triton's types, constants of the compiler in upper case, its `if`
+# ruff: noqa: F821, N803, N806 - Triton's types, constants of the compiler in upper case
 
 import triton
 import triton.language as tl

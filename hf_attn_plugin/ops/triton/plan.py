@@ -98,14 +98,15 @@ class Plan:
     There they form dense blocks, while in the natural order every block holds some of them.
 
     Attributes:
-        pattern: The pattern, with one offset or explicit positions.
+        pattern: The pattern on the host, without the caller's own mask (which calls bring along, so
+            that a plan keeps none of the caller's memory), with one offset or explicit positions.
         passes: In the order in which kernels go through them.
     """
 
     def __init__(self, pattern: Pattern, device: torch.device) -> None:
         # The plan is made on the host, where numpy is; values on the device come over once.
         host = _plain(_one_offset(pattern.replace(dense=None).to("cpu")))
-        self.pattern = pattern
+        self.pattern = host
         if _splits_stride(host):
             self.passes = _strided_passes(host, pattern.dense, device)
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 
 import torch
 
@@ -75,6 +76,7 @@ def shape_of(pattern: Pattern) -> Shape:
     return Shape.LONG if pattern.q_documents is None else Shape.DOCUMENTS
 
 
+@functools.cache
 def choose_tiles(head_dim: int, value_dim: int, dtype: torch.dtype, shape: Shape) -> Tiles:
     """The tiles for a call.
 

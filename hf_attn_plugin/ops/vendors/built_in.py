@@ -33,8 +33,12 @@ class BuiltIn:
 def built_in(pattern: Pattern) -> BuiltIn | str:
     """The pattern in these terms, or which term it has that they lack.
 
-    Reads the value of an offset that is a tensor (synchronises, once per pattern), no other values.
+    Made once per pattern. Reads the value of an offset that is a tensor (synchronises), no others.
     """
+    return pattern.derive("built in", lambda: _built_in(pattern))
+
+
+def _built_in(pattern: Pattern) -> BuiltIn | str:
     unknown = {
         "dense": "a mask of the caller's own",
         "q_positions": "queries and keys that are numbered apart",

@@ -16,20 +16,18 @@ if TYPE_CHECKING:
     from hf_attn_plugin.ops.backend import Call
 
 # On one H200, bf16, causal, 32 query and 8 KV heads of 128 (forward and backward, 16,384 tokens):
-# cuDNN 14.2 ms, FlashAttention-2 24.2 ms, and PyTorch prefers the latter by default.
-# It builds a plan for every new length, which takes tens of milliseconds; below this many pairs
-# (over batch and heads) a plan costs more than a few calls of it win.
+# cuDNN 14.1 ms, FlashAttention-2 23.7 ms, and PyTorch prefers the latter by default.
+# cuDNN builds a plan for every new length, 40 ms for each direction. From this many pairs (over
+# batch and heads) on, a step of a model with 32 layers repays that.
 _MIN_PAIRS = 2**30
-# The newest PyTorch hands it larger ones; these are what all supported versions do.
-_MAX_HEAD_DIM = 128
+_HOPPER_DIMS = ((192, 128), (256, 256))
 # Beyond it, offsets do not fit 32 bits.
 _MAX_ELEMENTS = 2**31
-# The others only run where cuDNN itself says no, which `refuses` foresees.
+# The others run where an older cuDNN says no.
 _PRIORITY = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
 ]
 
 
@@ -62,8 +60,10 @@ def refuses(pattern: Pattern, call: Call, mask: BuiltIn | str) -> str | None:
         return "its causal mask starts at the first key, whatever the number of queries"
     if call.dtype not in (torch.float16, torch.bfloat16):
         return "16-bit dtypes only"
-    if call.head_dim != call.value_dim or call.head_dim % 8 or call.head_dim > _MAX_HEAD_DIM:
-        return f"head_dim of 8, 16, … {_MAX_HEAD_DIM}, of values too, only"
+    dims = (call.head_dim, call.value_dim)
+    usual = dims[0] == dims[1] <= 128 and dims[0] % 8 == 0
+    if not usual and (dims not in _HOPPER_DIMS or call.capability != (9, 0)):
+        return "head_dim of 8, 16, … 128, on compute capability 9.0 also 256 or 192 with 128, only"
     if call.deterministic:
         return "not deterministic"
     if call.elements(pattern) > _MAX_ELEMENTS:

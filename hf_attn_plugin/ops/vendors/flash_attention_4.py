@@ -27,6 +27,8 @@ INSTALL = "pip install 'hf-attn-plugin[fa4]'"
 # It does not split keys over programs on Hopper: with few queries most of the GPU would be idle
 # (one query over 131,072 keys: 1.32 ms, where others take 0.48).
 _MIN_QUERIES = 17
+# It takes other multiples of 8 too; these are tested here.
+_HEAD_DIMS = (64, 80, 96, 128, 256)
 # Beyond it, offsets do not fit 32 bits.
 _MAX_ELEMENTS = 2**31
 
@@ -70,16 +72,15 @@ def refuses(pattern: Pattern, call: Call, mask: BuiltIn | str) -> str | None:
 
 def _refuses_dims(call: Call) -> str | None:
     dims = (call.head_dim, call.value_dim)
-    equal = dims[0] == dims[1] and dims[0] % 8 == 0
-    if call.capability is not None and call.capability[0] == 9:
-        if (equal and 32 <= dims[0] <= 256) or dims == (192, 128):
-            return None
-        return "head_dim of 32, 40, … 256, or 192 with values of 128, only"
-    if call.head_dim == 256 and call.needs_grad and (call.softcap or call.sinks or call.need_lse):
-        return "plain attention only for gradients at head_dim 256 on compute capability 10"
-    if (equal and 32 <= dims[0] <= 128) or dims in ((192, 128), (256, 256)):
-        return None
-    return "head_dim of 32, 40, … 128, 256, or 192 with values of 128, only"
+    if dims == (192, 128):
+        grouped = call.heads != call.kv_heads and call.needs_grad
+        return "no gradient of grouped heads of 192 with values of 128" if grouped else None
+    if dims[0] != dims[1] or dims[0] not in _HEAD_DIMS:
+        return f"head_dim of {', '.join(map(str, _HEAD_DIMS))}, or 192 with values of 128, only"
+    blackwell = call.capability is not None and call.capability[0] == 10
+    if blackwell and dims[0] == 256 and (call.softcap or call.sinks or call.need_lse):
+        return "plain attention only with heads of 256 on compute capability 10"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,7 @@ def flash_attention_4(
     Raises:
         ImportError: The package is installed and broken.
     """
-    mask = pattern.derive("built in", lambda: built_in(pattern))
+    mask = built_in(pattern)
     assert isinstance(mask, BuiltIn)
     near = None if mask.window is None else mask.window - 1
     options: dict[str, Any] = {

@@ -215,6 +215,22 @@ def test_only_visible_keys_are_read(terms, visited, on_device: bool) -> None:
 
 
 @in_kernel
+@pytest.mark.parametrize("window", [None, 30])
+def test_left_padding_is_not_read(window: int | None) -> None:
+    torch.manual_seed(2)
+    query, key, value = normal(2, 2, 2, 16), normal(2, 1, 200, 16), normal(2, 1, 200, 16)
+    index = torch.arange(200, device=DEVICE)[None]
+    valid = index >= torch.tensor([[130], [185]], device=DEVICE)
+    pattern = Pattern(q_len=2, kv_len=200, key_valid=valid, window=window)
+    want, _ = reference_attention(query, key, value, pattern, scaling=0.25)
+    poisoned = [t.masked_fill(~valid[:, None, :, None], float("nan")) for t in (key, value)]
+    got, _ = decode(query, *poisoned, pattern, scaling=0.25)
+    assert (got - want).abs().max() < 1e-5
+    poisoned[1][1, :, 185] = float("nan")  # the control: this one is read
+    assert decode(query, *poisoned, pattern, scaling=0.25)[0][1].isnan().any()
+
+
+@in_kernel
 def test_blocks_without_pairs_are_not_read() -> None:
     """Packed documents with first tokens, in two batch rows: lists of blocks."""
     block = choose_tile(2, 16, 16, 4).keys
@@ -279,7 +295,14 @@ def test_custom_op() -> None:
         plan = make_plan(pattern, torch.device(DEVICE), 64)
         arguments = (normal(batch, 2, q_len, 16), normal(batch, 1, kv_len, 16))
         arguments += (normal(batch, 1, kv_len, 24), sinks, plan.mask, plan.blocks, plan.counts)
-        arguments += (plan.offset, list(plan.numbers), plan.sparse, plan.steps, plan.keys)
+        arguments += (
+            plan.offset,
+            plan.starts,
+            list(plan.numbers),
+            plan.sparse,
+            plan.steps,
+            plan.keys,
+        )
         torch.library.opcheck(_decode_op, (*arguments, 0.25, None))
 
 
@@ -320,7 +343,7 @@ def test_refused_calls_raise() -> None:
     double = [tensor.detach().double() for tensor in (query, key, value)]
     with pytest.raises(ValueError, match="float64"):
         decode(*double, pattern, scaling=1.0)
-    with pytest.raises(ValueError, match=r"sinks must be \[2\]"), torch.no_grad():
+    with pytest.raises(ValueError, match="sinks must hold 2 logits"), torch.no_grad():
         decode(query, key, value, pattern, scaling=1.0, sinks=normal(3))
     masked = Pattern(q_len=1, kv_len=40, dense=torch.ones(1, 3, 1, 40, dtype=torch.bool))
     with pytest.raises(ValueError, match="1 or 2 heads, not 3"), torch.no_grad():

@@ -121,11 +121,33 @@ def test_in_a_cuda_graph(padded: bool) -> None:
 
 
 def test_equal_bits() -> None:
+    """Under one pattern, whose later calls launch what the first compiled, and under new ones."""
     query, key, value = normal(1, 32, 4, 128), normal(1, 8, 70001, 128), normal(1, 8, 70001, 128)
-    first = decode(query, key, value, Pattern(q_len=4, kv_len=70001))
+    pattern = Pattern(q_len=4, kv_len=70001)
+    first = decode(query, key, value, pattern)
     for _ in range(20):
-        again = decode(query, key, value, Pattern(q_len=4, kv_len=70001))
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        for again in (pattern, pattern.replace()):
+            got = decode(query, key, value, again)
+            assert all(torch.equal(a, b) for a, b in zip(first, got, strict=True))
+
+
+def test_one_pattern_for_other_tensors() -> None:
+    """Other values, other addresses (some no wide load may start at), sinks of other dtypes."""
+    pattern = Pattern(q_len=1, kv_len=500, window=300)
+    for start in (0, 8, 1, 3, 0):
+        query = normal(1, 8, 1, 64)
+        key, value = (
+            normal(2 * 512 * 64)[start:].as_strided((1, 2, 500, 64), (65536, 32768, 64, 1))
+            for _ in range(2)
+        )
+        for sinks in (None, normal(8), normal(8, dtype=torch.float32), normal(16)[1::2]):
+            got, lse = decode(query, key, value, pattern, sinks=sinks)
+            s = None if sinks is None else sinks.double()
+            want, want_lse = reference_attention(
+                query.double(), key.double(), value.double(), pattern, scaling=SCALING, sinks=s
+            )
+            assert (got - want).abs().max() < 2e-2
+            assert (lse - want_lse).abs().max() < 1e-4
 
 
 def test_offsets_beyond_32_bits() -> None:

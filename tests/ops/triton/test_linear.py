@@ -31,7 +31,7 @@ in_kernel = pytest.mark.skipif(
     not (CUDA or INTERPRETED), reason="run by test_through_the_interpreter"
 )
 HALF = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]  # interpreted, bfloat16 is off
-MAPS: dict[str, FeatureMap] = {"elu": EluFeatures(), "favor": FavorFeatures(num_features=70)}
+MAPS: dict[str, FeatureMap] = {"elu": EluFeatures(), "favor": FavorFeatures(num_features=25)}
 maps = pytest.mark.parametrize("feature_map", MAPS.values(), ids=MAPS)
 LENGTH, CHUNK = 70, 32
 
@@ -80,7 +80,6 @@ def padding(left: int, right: int, length: int = LENGTH) -> dict[str, Tensor]:
 PATTERNS: dict[str, dict[str, Any]] = {
     "causal": {},
     "bidirectional": {"causal": False},
-    "padding": padding(9, 40),
     "padding, bidirectional": {"causal": False, **padding(9, 40)},
     "documents, padding": {**padding(9, 5), **documents([[3, 11, 32, 50], [33, 64]])},
     "one row of documents": documents([[10, 31, 60]]),
@@ -93,11 +92,13 @@ def triton(tensors: list[Tensor], pattern: Pattern, **options: Any) -> Any:
     return linear_attention(*tensors, pattern, **options)
 
 
-def with_gradients(output: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+def with_gradients(
+    output: Tensor, tensors: list[Tensor], retain_graph: bool = False
+) -> list[Tensor]:
     """Output and gradients, in float64."""
     torch.manual_seed(1)
     grad = torch.randn(output.shape, dtype=torch.float64).to(output)
-    results = [output, *torch.autograd.grad(output, tensors, grad)]
+    results = [output, *torch.autograd.grad(output, tensors, grad, retain_graph)]
     return [t.detach().double() for t in results]
 
 
@@ -133,7 +134,9 @@ def assert_as_good_as_plain(
 ) -> None:
     """At most twice plain PyTorch's error in the same dtype, and a rounding."""
     truth = exact(tensors, pattern, feature_map)
-    floor = torch.finfo(tensors[0].dtype).eps
+    dtype = tensors[0].dtype
+    # Three TF32 products hold 22 bits of float32's 24.
+    floor = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
     budgets = [
         2 * error(p, t) + floor
         for p, t in zip(plain(tensors, pattern, feature_map), truth, strict=True)
@@ -150,12 +153,13 @@ def assert_as_good_as_plain(
     ("features", "name", "chunk"),
     [
         *(("elu", name, 32) for name in PATTERNS),  # a tile is a chunk
-        *(("elu", name, 64) for name in ("causal", "documents, padding")),
-        *(("favor", name, 64) for name in ("bidirectional", "documents, padding")),
+        ("elu", "documents, padding", 64),
+        ("favor", "bidirectional", 64),
+        ("two tiles", "documents, padding", 64),
     ],
 )
 def test_equals_the_definition(features: str, name: str, chunk: int) -> None:
-    feature_map = MAPS[features]
+    feature_map = MAPS.get(features, FavorFeatures(num_features=70))
     pattern = Pattern(q_len=LENGTH, kv_len=LENGTH, **PATTERNS[name])
     tensors = inputs()
     output, _ = triton(tensors, pattern, feature_map=feature_map, chunk=chunk)
@@ -170,8 +174,8 @@ def test_equals_the_definition(features: str, name: str, chunk: int) -> None:
 @maps
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision(feature_map: FeatureMap, dtype: torch.dtype) -> None:
-    pattern = Pattern(q_len=LENGTH, kv_len=LENGTH)
-    tensors = inputs(dtype=dtype, dims=(32, 16))
+    pattern = Pattern(q_len=40, kv_len=40)
+    tensors = inputs(40, 40, dtype=dtype, dims=(32, 16), batch=1)
     output, state = triton(tensors, pattern, feature_map=feature_map)
     assert output.dtype == dtype and state.sums.dtype == torch.float32
     found = with_gradients(output, tensors)
@@ -208,10 +212,10 @@ def test_queries_at_other_places_than_keys(
 
 
 @in_kernel
-@pytest.mark.parametrize("dims", [(80, 96), (192, 128), (256, 40)], ids=str)
+@pytest.mark.parametrize("dims", [(80, 96), (192, 40)], ids=str)
 def test_widths_that_fill_no_tile(dims: tuple[int, int]) -> None:
-    pattern = Pattern(q_len=40, kv_len=40)
-    tensors = inputs(40, 40, dims=dims, batch=1)
+    pattern = Pattern(q_len=34, kv_len=34)
+    tensors = inputs(34, 34, dims=dims, batch=1)
     output, _ = triton(tensors, pattern)
     found = with_gradients(output, tensors)
     for one, truth in zip(found, exact(tensors, pattern, EluFeatures()), strict=True):
@@ -275,18 +279,18 @@ def test_features_of_every_size(feature_map: FeatureMap, factor: float) -> None:
 @in_kernel
 @maps
 def test_states_carry_on_and_have_gradients(feature_map: FeatureMap) -> None:
-    tensors = inputs()
+    tensors = inputs(40, 40)
     state, parts, start = None, [], 0
-    valid = padding(9, 5)["key_valid"]
-    for stop in (3, 40, LENGTH):
+    valid = padding(9, 5, 40)["key_valid"]
+    for stop in (3, 36, 40):
         rows = slice(start, stop)
         pattern = Pattern(q_len=stop - start, kv_len=stop - start, key_valid=valid[:, rows])
         pieces = [t[:, :, rows] for t in tensors]
         part, state = triton(pieces, pattern, feature_map=feature_map, state=state)
         parts.append(part)
         start = stop
-    found = with_gradients(torch.cat(parts, 2), tensors)
-    whole = Pattern(q_len=LENGTH, kv_len=LENGTH, key_valid=valid)
+    found = with_gradients(torch.cat(parts, 2), tensors, retain_graph=True)
+    whole = Pattern(q_len=40, kv_len=40, key_valid=valid)
     for one, truth in zip(found, exact(tensors, whole, feature_map), strict=True):
         assert error(one, truth) < 2e-6
     assert state is not None
@@ -294,10 +298,8 @@ def test_states_carry_on_and_have_gradients(feature_map: FeatureMap) -> None:
     assert expected is not None
     torch.testing.assert_close(state.log_scale, expected.log_scale)
     torch.testing.assert_close(state.sums, expected.sums, rtol=1e-5, atol=1e-6)
-    # A loss on the state alone.
-    own = torch.autograd.grad(
-        triton(tensors, whole, feature_map=feature_map)[1].sums.sum(), tensors
-    )
+    # A loss on the last state alone.
+    own = torch.autograd.grad(state.sums.sum(), tensors)
     other = torch.autograd.grad(expected.sums.sum(), tensors)
     for one, two in zip(own, other, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
@@ -335,6 +337,7 @@ def test_a_row_of_padding_alone() -> None:
 @in_kernel
 @pytest.mark.parametrize("fields", [[], [17, 0, 0, 0]], ids=["elu", "favor"])
 def test_opcheck(fields: list[int]) -> None:
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     from hf_attn_plugin.ops.triton.linear import linear_attention_forward
 
     query, key, value = inputs(20, 20, dims=(16, 12), batch=1)
@@ -344,6 +347,7 @@ def test_opcheck(fields: list[int]) -> None:
     torch.library.opcheck(
         linear_attention_forward,
         (query, key, value, sums, log_scale, *masks, fields, 0, 0.25, CHUNK),
+        test_utils=tests if fields else [*tests, "test_aot_dispatch_dynamic"],
     )
 
 
@@ -397,6 +401,7 @@ def test_a_gpu_gets_triton() -> None:
         ({"dtype": torch.float64}, "float64", False),
         ({"installed": frozenset()}, "pip install triton", True),
         ({"capability": (7, 5)}, "8.0", True),
+        ({"capability": None}, "NVIDIA", True),
         ({"head_dim": 512}, "head_dim up to 256, this is 512", True),
         ({"value_dim": 512}, "value_dim up to 256", True),
         ({"empty": True}, "nothing to attend to", False),
@@ -415,6 +420,9 @@ def test_a_cpu_computes_in_pytorch() -> None:
     output, _ = linear_attention(*tensors, pattern)
     same, _ = linear_attention(*tensors, pattern, backend=LinearBackend.TORCH)
     assert torch.equal(output, same)
+    if not INTERPRETED:
+        with pytest.raises(ValueError, match="need a GPU"):
+            linear_attention(*tensors, pattern, backend=LinearBackend.TRITON)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -1,0 +1,50 @@
+"""Launches that look up what is compiled by what matters here, not by all arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_compiled: dict[Hashable, Any] = {}
+
+
+def launch(kernel: Any, programs: int, arguments: dict[str, Any], fixed: dict[str, Any]) -> None:
+    """Run ``kernel`` in ``programs`` programs.
+
+    Triton's own launch examines every one of some seventy arguments, which takes the host longer
+    than the rest of a call. The code depends on ``fixed``, on the kind and alignment of tensors,
+    and on nothing else, since the kernels declare the types of their numbers.
+
+    Args:
+        kernel: A jitted kernel whose numbers all have types and are not specialised.
+        programs: How many.
+        arguments: What differs between calls, always in the same order.
+        fixed: What the kernel is compiled for, and options as ``num_warps``.
+    """
+    key: list[Hashable] = [id(kernel), *fixed.values()]
+    for value in arguments.values():
+        kind = type(value)
+        if kind is int or kind is float:
+            continue
+        if isinstance(value, Tensor):
+            key.append((value.dtype, value.device.index, value.data_ptr() % 16 == 0))
+        elif value is None:
+            key.append(None)
+        else:  # a descriptor, Triton's or Gluon's
+            key.append((value.base.dtype, *value.block_shape, getattr(value, "layout", None)))
+    compiled = _compiled.get(tuple(key))
+    if compiled is not None:
+        everything = arguments | fixed
+        compiled[(programs, 1, 1)](*[everything[name] for name in kernel.arg_names])
+        return
+    compiled = kernel[(programs,)](**arguments, **fixed)
+    if compiled is not None:  # the interpreter compiles nothing
+        _compiled[tuple(key)] = compiled
+
+
+def on_device(tensor: Tensor) -> Any:
+    """A context in which kernels run where ``tensor`` is."""
+    return torch.cuda.device_of(tensor)

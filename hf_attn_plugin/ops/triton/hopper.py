@@ -1,0 +1,365 @@
+"""Launches of the warp-specialised Hopper kernels, for the calls that they serve.
+
+They compute what the kernels of `launch` do for the commonest calls, from the same work items and
+with the same conventions for what one kernel leaves to the next, so that each can stand in for its
+counterpart. Measured on one H200 in bfloat16 with head_dim 128 and 32 heads over 8, milliseconds
+for forward, queries' and keys' gradients, and of `launch`'s kernels in the same process: causal
+attention at 16384 tokens 3.0, 4.2, 5.9 (4.1, 4.7, 10.7); a window of 1024 at 131072 tokens 4.3,
+5.5, 7.0 (5.4, 6.6, 10.1); a window of 4096 there 14.0, 19.2, 27.0 (17.8, 20.7, 37.3); 64 documents
+there 5.4, 6.8, 9.5 (6.6, 7.9, 14.9).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from hf_attn_plugin.ops.triton import masks
+from hf_attn_plugin.ops.triton.dispatch import launch
+from hf_attn_plugin.ops.triton.hopper_forward import hopper_forward_kernel
+from hf_attn_plugin.ops.triton.hopper_grad_key import hopper_grad_key_kernel
+from hf_attn_plugin.ops.triton.hopper_grad_query import hopper_grad_query_kernel
+from hf_attn_plugin.ops.triton.merge import merge_outputs_kernel, merge_sums_kernel
+from hf_attn_plugin.ops.triton.plan import Pass
+from hf_attn_plugin.ops.triton.tiles import Tile
+from hf_attn_plugin.ops.triton.work import Work
+from hf_attn_plugin.patterns import Pattern
+
+if TYPE_CHECKING:
+    from hf_attn_plugin.ops.triton.launch import Problem
+
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_HEAD_DIMS = (64, 128)
+_LOG2E = 1.4426950408889634
+# Rows of one warpgroup, in `hopper_pieces`.
+_ROWS = 64
+# From how many keys on a query's run is long: larger tiles then waste little at its ends.
+_LONG_RUN = 2048
+
+
+def serves(problem: Problem, *tensors: Tensor) -> bool:
+    """Whether these kernels compute a call.
+
+    They do on Hopper GPUs, in 16 bits, for queries that see one or two runs of neighbouring keys
+    (causal attention, windows, sinks, leading global tokens, packed documents, padding at the
+    ends), with equal sizes of queries and values and no softcap.
+
+    Args:
+        problem: The call.
+        tensors: All that are loaded or stored by TMA, ``[batch, heads, tokens, dim]``.
+    """
+    query, value, passes = problem.query, problem.value, problem.plan.passes
+    return (
+        problem.softcap is None
+        and query.dtype in _DTYPES
+        and query.shape[3] in _HEAD_DIMS
+        and query.shape[3] == value.shape[3]
+        and len(passes) == 1
+        and passes[0].runs is not None
+        and _is_hopper(query.device)
+        and all(t.dtype == query.dtype and _by_tma(t) for t in tensors)
+    )
+
+
+def forward(problem: Problem, output: Tensor, lse: Tensor) -> None:
+    """Write output and log-sum-exp."""
+    query, key, value = problem.query, problem.key, problem.value
+    step = problem.plan.passes[0]
+    tile = _query_tile(problem, forward=True)
+    work, heads, packs = _query_work(problem, step, tile)
+    dim = query.shape[3]
+    slices = work.num_slots * problem.batch * packs * tile.rows
+    partial, state = _scratch(query, slices, dim), _scratch(query, slices, 2)
+    programs = work.num_items * problem.batch * packs
+    arguments, fixed = _over_queries(problem, step, work, tile)
+    own = {
+        "query": _of_queries(query, heads, tile.rows),
+        "key": _of_keys(key, tile.keys),
+        "value": _of_keys(value, tile.keys),
+        "output": _of_queries(output, heads, tile.rows),
+        "lse": lse,
+        "sinks": problem.sinks,
+        "partial_output": partial,
+        "partial_state": state,
+    }
+    fixed["SINKS"] = problem.sinks is not None
+    launch(hopper_forward_kernel, _persistent(query, programs), own | arguments, fixed)
+    if work.num_splits:
+        partials = {"partial_output": partial, "partial_state": state, "lse": lse}
+        _merge(merge_outputs_kernel, problem, work, output, partials, heads, tile.rows // heads)
+
+
+def grad_query(
+    problem: Problem,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    grad_query: Tensor,
+    base_lse: Tensor,
+    delta: Tensor,
+) -> None:
+    """Write the queries' gradients, and what the keys' need of every row."""
+    query = problem.query
+    step = problem.plan.passes[0]
+    tile = _query_tile(problem, forward=False)
+    work, heads, packs = _query_work(problem, step, tile)
+    partial = _scratch(query, work.num_slots * problem.batch * packs * tile.rows, query.shape[3])
+    programs = work.num_items * problem.batch * packs
+    arguments, fixed = _over_queries(problem, step, work, tile)
+    own = {
+        "query": _of_queries(query, heads, tile.rows),
+        "grad_output": _of_queries(grad_output, heads, tile.rows),
+        "output": _of_queries(output, heads, tile.rows),
+        "key": _of_keys(problem.key, tile.keys),
+        "value": _of_keys(problem.value, tile.keys),
+        "grad_query": _of_queries(grad_query, heads, tile.rows),
+        "lse": lse,
+        "grad_lse": grad_lse,
+        "base_lse": base_lse,
+        "delta": delta,
+        "partial": partial,
+        "scaling": problem.scaling,
+    }
+    launch(hopper_grad_query_kernel, _persistent(query, programs), own | arguments, fixed)
+    if work.num_splits:
+        partials = {"partial": partial}
+        _merge(merge_sums_kernel, problem, work, grad_query, partials, heads, tile.rows // heads)
+
+
+def grad_key(
+    problem: Problem,
+    grad_output: Tensor,
+    base_lse: Tensor,
+    delta: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> None:
+    """Write the keys' and values' gradients."""
+    query, key, value = problem.query, problem.key, problem.value
+    step = problem.plan.passes[0]
+    tile = _key_tile(problem)
+    heads = tile.heads(problem.groups)
+    tokens, parts = tile.rows // heads, tile.keys // _ROWS
+    work = problem.work(step, tile, of_keys=True)
+    batch, kv_heads = problem.batch, key.shape[1]
+    dim = query.shape[3]
+    slices = work.num_slots * batch * kv_heads * tile.keys
+    partials = [_scratch(query, slices, dim) for _ in range(2)]
+    arguments = {
+        "query": _of_query_tiles(query, heads, tokens),
+        "key": _of_keys(key, _ROWS),
+        "value": _of_keys(value, _ROWS),
+        "grad_output": _of_query_tiles(grad_output, heads, tokens),
+        "grad_key": _of_keys(grad_key, _ROWS),
+        "grad_value": _of_keys(grad_value, _ROWS),
+        "base_lse": base_lse,
+        "delta": delta,
+        "partial_key": partials[0],
+        "partial_value": partials[1],
+        "items": work.items,
+        "kv_info": step.kv_info,
+        "item_batch": _item_stride(work),
+        "kv_info_batch": _batch_stride(step.kv_info),
+        "batch_heads": batch * kv_heads,
+        "kv_heads": kv_heads,
+        "group_packs": problem.groups // heads,
+        "q_len": query.shape[2],
+        "kv_len": key.shape[2],
+        "scaling": problem.scaling,
+        "to_log2": problem.scaling * _LOG2E,
+    }
+    fixed = {
+        "HEADS": heads,
+        "TOKENS": tokens,
+        "PARTS": parts,
+        "DIM": dim,
+        "STAGES": tile.stages,
+        "SECOND": _has_second(step),
+        "num_warps": 4,
+    }
+    if parts == 1:
+        # One warpgroup leaves room for a second program on a multiprocessor, if it asks for no
+        # more than half of the registers.
+        fixed["maxnreg"] = 128
+    launch(hopper_grad_key_kernel, work.num_items * batch * kv_heads, arguments, fixed)
+    if work.num_splits:
+        for partial, target in zip(partials, (grad_key, grad_value), strict=True):
+            own = {"partial": partial}
+            _merge(merge_sums_kernel, problem, work, target, own, 1, tile.keys)
+
+
+def _has_long_runs(pattern: Pattern) -> bool:
+    spans = [pattern.kv_len]
+    if pattern.band is not None:
+        spans.append(pattern.band)
+    if pattern.is_sparse:
+        spans.append(pattern.reach or 0)
+    return min(spans) >= _LONG_RUN
+
+
+def _query_tile(problem: Problem, *, forward: bool) -> Tile:
+    """Tiles of queries: two warpgroups of 64 rows, all heads of a group packed where they fit."""
+    if forward and _has_long_runs(problem.plan.pattern):
+        return Tile(2 * _ROWS, 128, 4, 2, pack=4)
+    return Tile(2 * _ROWS, 64, 4, 4 if forward else 3, pack=4)
+
+
+def _key_tile(problem: Problem) -> Tile:
+    """Tiles of keys: 64 for each warpgroup."""
+    if _has_long_runs(problem.plan.pattern):
+        return Tile(_ROWS, 2 * _ROWS, 4, 3)
+    return Tile(_ROWS, _ROWS, 4, 2, pack=4)
+
+
+def _query_work(problem: Problem, step: Pass, tile: Tile) -> tuple[Work, int, int]:
+    """The items, heads in a tile, and tiles that hold all heads."""
+    heads = tile.heads(problem.groups)
+    return problem.work(step, tile), heads, problem.query.shape[1] // heads
+
+
+def _over_queries(
+    problem: Problem, step: Pass, work: Work, tile: Tile
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What both kernels over tiles of queries take, and what they are compiled for."""
+    heads = tile.heads(problem.groups)
+    packs = problem.query.shape[1] // heads
+    arguments = {
+        "items": work.items,
+        "q_info": step.q_info,
+        "item_batch": _item_stride(work),
+        "q_info_batch": _batch_stride(step.q_info),
+        "num_items": work.num_items,
+        "batch_packs": problem.batch * packs,
+        "packs": packs,
+        "group_packs": problem.groups // heads,
+        "q_len": problem.query.shape[2],
+        "to_log2": problem.scaling * _LOG2E,
+    }
+    fixed = {
+        "HEADS": heads,
+        "TOKENS": tile.rows // heads,
+        "KEYS": tile.keys,
+        "DIM": problem.query.shape[3],
+        "STAGES": tile.stages,
+        "SECOND": _has_second(step),
+        "num_warps": 4,
+    }
+    return arguments, fixed
+
+
+def _merge(
+    kernel: Any,
+    problem: Problem,
+    work: Work,
+    target: Tensor,
+    partials: dict[str, Any],
+    heads: int,
+    tokens: int,
+) -> None:
+    """Put the slices of tiles of heads x tokens together in ``target``."""
+    packs = target.shape[1] // heads
+    strides = zip(("batch", "head", "token"), target.shape, target.stride(), strict=False)
+    arguments = {
+        **partials,
+        "output": target,
+        "splits": work.splits,
+        "order": None,
+        **{f"out_{axis}": 0 if size == 1 else step for axis, size, step in strides},
+        "batch_packs": problem.batch * packs,
+        "packs": packs,
+        "length": target.shape[2],
+        "split_batch": work.num_splits if work.splits.shape[0] > 1 else 0,
+    }
+    dim = target.shape[3]
+    fixed = {"DIM": dim, "WIDTH": dim, "HEADS": heads, "TOKENS": tokens}
+    launch(kernel, work.num_splits * problem.batch * packs, arguments, fixed)
+
+
+def _has_second(step: Pass) -> bool:
+    return bool(step.terms & masks.SECOND_RUN.value)
+
+
+def _item_stride(work: Work) -> int:
+    return work.num_items if work.items.shape[0] > 1 else 0
+
+
+def _batch_stride(tensor: Tensor) -> int:
+    return tensor.stride(0) if tensor.shape[0] > 1 else 0
+
+
+def _scratch(like: Tensor, rows: int, columns: int) -> Tensor:
+    return like.new_empty(max(rows, 1), columns, dtype=torch.float32)
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    # The GPUs' own instructions: no other generation has them.
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _persistent(tensor: Tensor, items: int) -> int:
+    """Programs of a grid in which each goes through items: one to a multiprocessor."""
+    return min(items, _multiprocessors(tensor.device))
+
+
+def _by_tma(tensor: Tensor) -> bool:
+    """Whether a descriptor can name a tensor: rows at multiples of 16 bytes, no stride of 0."""
+    size = tensor.element_size()
+    return (
+        tensor.numel() > 0
+        and tensor.data_ptr() % 16 == 0
+        and tensor.stride(3) == 1
+        and all(
+            step > 0 and step * size % 16 == 0
+            for count, step in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+            if count > 1
+        )
+    )
+
+
+def _descriptor(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
+    unit = 16 // base.element_size()
+    # A dimension of one entry has a stride that nobody uses: any valid one will do.
+    steps = [step if count > 1 else unit for count, step in zip(shape, strides, strict=True)]
+    layout = _layout(tuple(block), base.dtype)
+    return TensorDescriptor(base, shape, [*steps[:-1], 1], block, layout)
+
+
+@functools.cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
+
+
+def _of_keys(tensor: Tensor, tokens: int) -> Any:
+    """Tiles of tokens of one head."""
+    block = [1, 1, tokens, tensor.shape[3]]
+    return _descriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
+def _of_query_tiles(tensor: Tensor, heads: int, tokens: int) -> Any:
+    """Tiles of neighbouring heads x tokens."""
+    batch, all_heads, length, dim = tensor.shape
+    of_batch, of_head, of_token, _ = tensor.stride()
+    return _descriptor(
+        tensor,
+        [batch, all_heads // heads, heads, length, dim],
+        [of_batch, heads * of_head, of_head, of_token, 1],
+        [1, 1, heads, tokens, dim],
+    )
+
+
+def _of_queries(tensor: Tensor, heads: int, rows: int) -> Any:
+    """The halves of tiles of ``rows`` rows: of their heads, or of the tokens of one head."""
+    part = max(heads // 2, 1)
+    return _of_query_tiles(tensor, part, rows // 2 // part)
