@@ -45,42 +45,6 @@ def query_intervals(pattern: Pattern, device: torch.device | str) -> Intervals |
 
     Looks at values where documents or padding are given, and so waits for the device then.
     """
-    allowed = None if pattern.stride is not None else allowed_keys(pattern, device)
-    return None if allowed is None else _visible(allowed)
-
-
-def key_intervals(pattern: Pattern, device: torch.device | str) -> Intervals | None:
-    """The queries that see every key; None when the pattern has no such form."""
-    allowed = None if pattern.stride is not None else allowed_queries(pattern, device)
-    return None if allowed is None else _visible(allowed)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Allowed:
-    """What the model's own terms let every token see, and what the method's terms start from.
-
-    Attributes:
-        own: int64 ``[batch or 1, tokens]``, where the token itself lies among the others.
-        low: Index of the first token allowed.
-        high: End of the tokens allowed.
-        near_low: Index of the first token in the method's window, within ``[low, high)``.
-        near_high: End of the method's window; not above ``near_low`` where it is empty.
-        special_low: Index of the first token seen by all (or, for keys, seeing all); None when
-            there are none.
-        special_high: The end of these, which are neighbours.
-    """
-
-    own: Tensor
-    low: Tensor
-    high: Tensor
-    near_low: Tensor
-    near_high: Tensor
-    special_low: Tensor | None = None
-    special_high: Tensor | None = None
-
-
-def allowed_keys(pattern: Pattern, device: torch.device | str) -> Allowed | None:
-    """The keys that every query may see; None when these are no runs."""
     if not _has_runs(pattern):
         return None
     own = pattern.query_positions(device) - pattern.kv_offset
@@ -97,11 +61,11 @@ def allowed_keys(pattern: Pattern, device: torch.device | str) -> Allowed | None
             return None
         low, high = torch.maximum(low, first), torch.minimum(high, end)
     keys_special, queries_special = _special(pattern, device)
-    return _allowed(pattern, own, low, high, keys_special, queries_special)
+    return _seen(pattern, own, low, high, keys_special, queries_special)
 
 
-def allowed_queries(pattern: Pattern, device: torch.device | str) -> Allowed | None:
-    """The queries that may see every key; None when these are no runs."""
+def key_intervals(pattern: Pattern, device: torch.device | str) -> Intervals | None:
+    """The queries that see every key; None when the pattern has no such form."""
     if not _has_runs(pattern):
         return None
     offset = pattern.query_positions(device)[:, :1] if pattern.q_len else 0
@@ -116,39 +80,35 @@ def allowed_queries(pattern: Pattern, device: torch.device | str) -> Allowed | N
     if pattern.key_valid is not None:
         high = torch.where(pattern.key_valid, high, low)
     keys_special, queries_special = _special(pattern, device)
-    return _allowed(pattern, own, low, high, queries_special, keys_special)
+    return _seen(pattern, own, low, high, queries_special, keys_special)
 
 
-def _allowed(
+def _seen(
     pattern: Pattern,
     own: Tensor,
     low: Tensor,
     high: Tensor,
     seen_by_all: Tensor | None,
     seeing_all: Tensor | None,
-) -> Allowed | None:
-    """The model's range cut to its window, and the method's parts of it."""
+) -> Intervals | None:
+    """The method's terms, within what the model lets a token see."""
     low, high = _near(pattern.band, own, low, high)
     if not pattern.is_sparse:
-        return Allowed(own, low, high, low, high)
+        return _between(low, high)
     near_low, near_high = low, low
     if pattern.reach is not None:
         near_low, near_high = _near(pattern.reach, own, low, high)
     if seeing_all is not None:
         near_low = torch.where(seeing_all, low, near_low)
         near_high = torch.where(seeing_all, high, near_high)
+    near = _between(near_low, near_high)
     if seen_by_all is None:
-        return Allowed(own, low, high, near_low, near_high)
-    runs = _runs_of(seen_by_all, low, high)
-    return None if runs is None else Allowed(own, low, high, near_low, near_high, *runs)
-
-
-def _visible(allowed: Allowed) -> Intervals:
-    near = intervals_between(allowed.near_low, allowed.near_high)
-    if allowed.special_low is None or allowed.special_high is None:
         return near
-    special = intervals_between(allowed.special_low, allowed.special_high)
-    return Intervals(*same_rows(near.start, near.length, special.start, special.length))
+    runs = _runs_of(seen_by_all, low, high)
+    if runs is None:
+        return None
+    special = _between(*runs)
+    return Intervals(*_same_rows(near.start, near.length, special.start, special.length))
 
 
 def _within_documents(
@@ -159,7 +119,7 @@ def _within_documents(
         return low, high
     if not bool((others.diff(dim=1) >= 0).all()):
         return None
-    others, own = (tensor.contiguous() for tensor in same_rows(others, own))
+    others, own = (tensor.contiguous() for tensor in _same_rows(others, own))
     return (
         torch.maximum(low, torch.searchsorted(others, own)),
         torch.minimum(high, torch.searchsorted(others, own, right=True)),
@@ -179,7 +139,7 @@ def _special(pattern: Pattern, device: torch.device | str) -> tuple[Tensor | Non
 
 def _has_runs(pattern: Pattern) -> bool:
     """Whether the terms alone do not rule runs out."""
-    if pattern.dense is not None or pattern.q_positions is not None:
+    if pattern.dense is not None or pattern.stride is not None or pattern.q_positions is not None:
         return False
     return pattern.window is None or pattern.dilation == 1
 
@@ -208,7 +168,7 @@ def _runs_of(flags: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor] 
     # The first flagged token at or after each index.
     later = torch.where(flags, index, length).flip(1).cummin(1).values.flip(1)
     later = torch.nn.functional.pad(later, (0, 1), value=length)
-    low, high, count, later = same_rows(low.clamp(0, length), high.clamp(0, length), count, later)
+    low, high, count, later = _same_rows(low.clamp(0, length), high.clamp(0, length), count, later)
     number = count.gather(1, torch.maximum(low, high)) - count.gather(1, low)
     first = later.gather(1, low)
     end = torch.where(number > 0, first + number, first)
@@ -216,8 +176,7 @@ def _runs_of(flags: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor] 
     return (first, end) if bool(unbroken.all()) else None
 
 
-def intervals_between(low: Tensor, high: Tensor) -> Intervals:
-    """One run per token, ``[low, high)``, empty where ``high`` is not above ``low``."""
+def _between(low: Tensor, high: Tensor) -> Intervals:
     return Intervals(low.int().contiguous(), (high - low).clamp(min=0).int().contiguous())
 
 
@@ -226,7 +185,7 @@ def _inside(index: Tensor, start: Tensor, length: Tensor) -> Tensor:
     return (offset >= 0) & (offset < length[..., None])
 
 
-def same_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _same_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     """``[batch or 1, n]`` tensors, expanded to the same batch."""
     rows = max(tensor.shape[0] for tensor in tensors)
     return tuple(tensor.expand(rows, -1) for tensor in tensors)
