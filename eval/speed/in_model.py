@@ -170,22 +170,23 @@ def run(
                 f"{shape.name}: {attention}: {kept.status} {kept.detail or f'{kept.seconds:.2f} s'}"
             )
             rows.append(kept)
-    header, cells = table(rows)
-    said = notes(rows)
-    print("\n".join([text_table(header, cells), *said]))
+            _write_page(out / PAGE, rows, command)  # a run that is stopped leaves one, too
+    print("\n".join([text_table(*table(rows)), *notes(rows), str(out / PAGE)]))
+    bad = [row for row in rows if row.status == WRONG]
+    bad += [row for row in rows if row.status == ERROR and row.attention in _OURS]
+    return 1 if bad else 0
+
+
+def _write_page(path: Path, rows: Sequence[StepRow], command: str) -> None:
     about = ", ".join(f"{key} {value}" for key, value in machine().items())
     parts = [
         f"<!-- Made by: {command} -->",
         "# A LoRA step under several attentions",
         f"{about}\n\n{_MEANING}",
-        markdown_table(header, cells),
-        *(f"- {line}" for line in said),
+        markdown_table(*table(rows)),
+        *(f"- {line}" for line in notes(rows)),
     ]
-    (out / PAGE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    print(out / PAGE)
-    bad = [row for row in rows if row.status == WRONG]
-    bad += [row for row in rows if row.status == ERROR and row.attention in _OURS]
-    return 1 if bad else 0
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _measured(

@@ -57,19 +57,23 @@ def training_launches(device: torch.device) -> list[Launch]:
     documents = torch.arange(TOKENS, device=device)[None] // 61
     valid = torch.arange(TOKENS, device=device)[None] >= 37
     marked = torch.arange(TOKENS, device=device)[None] % 90 == 40
+    packed = pattern(q_documents=documents, kv_documents=documents)
+    near_and_global = pattern(window=33, num_global_tokens=5)
     return [
         Launch("causal", pattern()),
         Launch("bidirectional, head_dim 80", pattern(causal=False), head_dim=80, value_dim=80),
         Launch("window and sink tokens", pattern(window=33, num_sink_tokens=2)),
-        Launch("window and global tokens", pattern(window=33, num_global_tokens=5)),
+        Launch("window and global tokens", near_and_global),
         Launch("marked global tokens", pattern(causal=False, window=9, global_tokens=marked)),
         Launch("strided", pattern(window=17, stride=8)),
         Launch("dilated", pattern(window=9, dilation=3)),
-        Launch("documents", pattern(q_documents=documents, kv_documents=documents)),
+        Launch("documents", packed),
         Launch("padding and a band", pattern(band=50, key_valid=valid)),
         Launch("softcap and sinks", pattern(), softcap=2.5, sinks=True),
         Launch("values of other width", pattern(window=70), head_dim=96, value_dim=64),
         Launch("float16, head_dim 128", pattern(), 128, 128, torch.float16),
+        Launch("head_dim 128, window and global tokens", near_and_global, 128, 128),
+        Launch("head_dim 128, documents", packed, 128, 128),
         Launch("float32, head_dim 32", pattern(window=40), 32, 32, torch.float32),
         Launch("fewer queries", Pattern(q_len=71, kv_len=TOKENS)),
     ]

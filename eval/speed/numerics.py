@@ -2,7 +2,7 @@
 
 Results are set beside a float64 reference, and beside plain PyTorch in the same dtype: in every
 block of 16 tokens of every head, the error's norm may be twice plain PyTorch's, plus a rounding
-floor; of every single token, where chance makes plain PyTorch's error small, twice as much.
+floor; of every single token, where chance makes plain PyTorch's error small, a few times as much.
 
 At full length, where the reference has no room for all scores, a sample of the queries is computed
 exactly; with the output's gradient zero in all others, so are the gradients of all keys.
@@ -155,7 +155,7 @@ def share_of_budget(got: Tensor, want: Tensor, plain: Tensor) -> float:
     near = block_size.repeat_interleave(_BLOCK, -1)[..., : size.shape[-1]]
     shares = (
         _share(block_error, 2 * block_plain + eps * block_size + nothing),
-        _share(error, 4 * plain_error + 2 * eps * (size + near) + nothing),
+        _share(error, 4 * (plain_error + eps * (size + near)) + nothing),
     )
     return max(shares)
 

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +18,7 @@ OTHERS = {
     "compile": "compile_tax",
     "model": "in_model",
     "decode": "decoding",
-    "linear": "linear",
+    "linear": "linear_table",
 }
 _PACKAGE = "hf_attn_plugin.eval_speed"
 
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         cases,
         entrants,
-        command=_command(),
+        command=command_line(sys.argv[1:]),
         fresh=args.fresh,
         figures=not (args.no_figures or args.quick or args.cases),
         peer_timeout=args.peer_timeout,
@@ -105,11 +106,13 @@ def _run_other(what: str, args: argparse.Namespace) -> int:
     if what == "compile":
         if args.worker is not None:
             return module.work(args.worker)
-        return module.run(args.out, command=_command(), peers=args.peers or [], say=_say)
+        return module.run(
+            args.out, command=command_line(sys.argv[1:]), peers=args.peers or [], say=_say
+        )
     if what == "model":
         return module.run(
             args.out,
-            command=_command(),
+            command=command_line(sys.argv[1:]),
             layers=args.layers,
             tokens=args.tokens,
             attentions=args.peers,
@@ -157,8 +160,14 @@ def _check_gpu() -> None:
         )
 
 
-def _command() -> str:
-    return shlex.join(["hf-attn", *sys.argv[1:]])
+def command_line(words: Sequence[str]) -> str:
+    """The line to run again, without the folder that a page lies in anyway."""
+    kept: list[str] = []
+    for index, word in enumerate(words):
+        if word.startswith("--out=") or "--out" in (word, words[index - 1] if index else ""):
+            continue
+        kept.append(word)
+    return shlex.join(["hf-attn", *kept])
 
 
 def _names(text: str) -> list[str]:

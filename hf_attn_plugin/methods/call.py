@@ -15,7 +15,7 @@ from hf_attn_plugin.compat import (
     update_paged_cache,
 )
 from hf_attn_plugin.config import ConfigT, parameters_of
-from hf_attn_plugin.methods.counting import record
+from hf_attn_plugin.methods.counting import is_counted, record
 from hf_attn_plugin.ops import attention
 from hf_attn_plugin.ops.reads import nbytes
 from hf_attn_plugin.patterns import Pattern, PatternMask
@@ -160,7 +160,8 @@ def attend(
         The output, contiguous ``[batch, q_len, heads, value_dim]``, and None for the weights.
     """
     key, value = call.key, call.value
-    if call.is_decoding and pattern.is_sparse and not torch.compiler.is_compiling():
+    gathers = not key.is_cuda or is_counted(call.module)  # on a GPU the kernel skips what is hidden
+    if call.is_decoding and pattern.is_sparse and gathers and not torch.compiler.is_compiling():
         pattern, index = pattern.derive(
             ("seen", str(key.device)), lambda: _seen(pattern, key.device)
         )

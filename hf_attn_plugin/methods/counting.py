@@ -58,6 +58,11 @@ class CacheReadCounter:
             self._last = read, dense
 
 
+def is_counted(module: nn.Module) -> bool:
+    """Whether somebody counts what ``module`` reads."""
+    return hasattr(module, COUNTER_ATTRIBUTE)
+
+
 def record(
     module: nn.Module, method: str, *, read: int | None = None, dense: int | None = None
 ) -> None:

@@ -11,8 +11,9 @@ def restarts(positions: Tensor, valid: Tensor | None = None) -> Tensor:
 
     Args:
         positions: ``[batch or 1, tokens]``; padding may be numbered in any way. Or ``[axes, batch
-            or 1, tokens]``, of models that number images along several axes: within a document one
-            of them always goes on.
+            or 1, tokens]``, of models that number images along several axes. With four axes the
+            first numbers the text. With three, a document starts where all of them are 0: inside of
+            one, all may go back together (frames of a video at the same moment), but not to 0.
         valid: bool ``[batch or 1, tokens]``, False at padding; None where there is none.
 
     Returns:
@@ -20,8 +21,13 @@ def restarts(positions: Tensor, valid: Tensor | None = None) -> Tensor:
         row in which no position goes on upwards is not numbered at all (some models pass zeros),
         and has none.
     """
+    if positions.ndim == 3 and positions.shape[0] == 4:
+        positions = positions[0]
     follows = _follows(positions, valid)
-    starts = _not_upwards(positions, valid) & follows
+    if positions.ndim == 3:
+        starts = (positions == 0).all(0) & follows
+    else:
+        starts = _not_upwards(positions, valid) & follows
     return starts & (follows & ~starts).any(1, keepdim=True)
 
 
@@ -35,8 +41,6 @@ def _follows(positions: Tensor, valid: Tensor | None) -> Tensor:
 
 def _not_upwards(positions: Tensor, valid: Tensor | None) -> Tensor:
     """Tokens whose position is not above that of the valid token before them."""
-    if positions.ndim == 3:
-        return torch.stack([_not_upwards(axis, valid) for axis in positions]).all(0)
     if valid is None:
         return torch.nn.functional.pad(positions[:, 1:] <= positions[:, :-1], (1, 0))
     positions, valid = torch.broadcast_tensors(positions, valid)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import hf_attn_plugin
+from hf_attn_plugin.cli.bench import command_line
 from hf_attn_plugin.cli.main import main
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -53,6 +54,11 @@ def test_wrong_options(
 ) -> None:
     assert main(["bench", *options, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_pages_name_their_command_without_a_folder() -> None:
+    line = ["bench", "full", "--out", "/somewhere/else", "--quick", "--out=x"]
+    assert command_line(line) == "hf-attn bench full --quick"
 
 
 def test_an_installed_wheel_holds_the_benchmarks(tmp_path: Path) -> None:

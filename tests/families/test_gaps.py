@@ -100,3 +100,14 @@ def test_positions_of_images_are_no_restarts() -> None:
     columns = [0, 1, 2, 3, 2, 3, 4, 0, 1]
     starts = restarts(torch.tensor([time, rows, columns])[:, None])
     assert starts[0].nonzero().tolist() == [[7]]
+
+
+def test_frames_of_a_video_at_one_moment_are_no_restarts() -> None:
+    """All three axes go back at once where frames lie closer than a temporal step."""
+    time = [0, 1, 2, 2, 2, 2, 2, 2, 4]
+    rows = [0, 1, 2, 2, 2, 2, 2, 2, 4]
+    columns = [0, 1, 2, 3, 2, 3, 2, 3, 4]
+    axes = torch.tensor([time, rows, columns])[:, None]
+    assert not restarts(axes).any()
+    text = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])  # four axes: the first numbers the text
+    assert restarts(torch.cat([text[None], axes]))[0].nonzero().tolist() == [[5]]

@@ -93,9 +93,11 @@ def grad_key_step(
         grad_output, batch, pack, block, head, token, in_q, go_strides,
         UNIT, VALUE_DIM, VALUE_WIDTH, HEADS, TOKENS, TMA,
     )  # fmt: skip
-    place = (first_row + head).to(tl.int64) * q_len + token
-    base = tl.load(base_lse + place, mask=in_q, other=float("inf"))
-    row_delta = tl.load(delta + place, mask=in_q, other=0.0)
+    # A scalar in 64 bits and rows in 32: addresses of rows would fill the registers.
+    origin = (first_row + pack * HEADS).to(tl.int64) * q_len
+    place = row // TOKENS * q_len + token
+    base = tl.load(base_lse + origin + place, mask=in_q, other=float("inf"))
+    row_delta = tl.load(delta + origin + place, mask=in_q, other=0.0)
     score = capped(tl.dot(k, tl.trans(q), input_precision=PRECISION), cap_rate, SOFTCAP)
     slope = score
     if SOFTCAP:
@@ -120,6 +122,38 @@ def grad_key_step(
     d_score = (weight * d_weight).to(q.dtype)
     acc_key = tl.dot(d_score, q, acc_key, input_precision=PRECISION)
     return acc_key, acc_value
+
+
+@triton.jit
+def store_sums(
+    acc,
+    target,
+    earlier,
+    partial,
+    batch,
+    head,
+    token,
+    inside,
+    strides,
+    slot,
+    lead,
+    kept,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Write [keys, WIDTH] sums, or those of a slice; ``earlier`` sums are added."""
+    if slot < 0:
+        offsets = row_offsets(batch, head, token, strides, 1, WIDTH)
+        mask = inside_rows(inside, DIM, WIDTH)
+        if earlier is not None:
+            acc += tl.load(earlier + offsets, mask=mask, other=0.0)
+        tl.store(target + offsets, acc.to(target.dtype.element_ty), mask=mask)
+    else:
+        if earlier is not None:
+            offsets = row_offsets(batch, head, token, strides, 1, WIDTH)
+            mask = inside_rows(inside, DIM, WIDTH) & lead
+            acc += tl.load(earlier + offsets, mask=mask, other=0.0)
+        tl.store(partial + kept[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], acc)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -263,19 +297,12 @@ def grad_key_kernel(
                 to_log2, cap_rate, TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH,
                 VALUE_WIDTH, HEADS, TOKENS, PRECISION, WHERE_NEEDED,
             )  # fmt: skip
-    acc_key = acc_key * scaling
-    offsets = row_offsets(batch, kv_head, token, (dk_batch, dk_head, dk_token), 1, WIDTH)
-    inside = inside_rows(in_kv, HEAD_DIM, WIDTH)
-    v_offsets = row_offsets(batch, kv_head, token, (dv_batch, dv_head, dv_token), 1, VALUE_WIDTH)
-    v_inside = inside_rows(in_kv, VALUE_DIM, VALUE_WIDTH)
-    if earlier_key is not None:
-        acc_key += tl.load(earlier_key + offsets, mask=inside & lead, other=0.0)
-        acc_value += tl.load(earlier_value + v_offsets, mask=v_inside & lead, other=0.0)
-    if slot < 0:
-        tl.store(grad_key + offsets, acc_key.to(grad_key.dtype.element_ty), mask=inside)
-        tl.store(grad_value + v_offsets, acc_value.to(grad_value.dtype.element_ty), mask=v_inside)
-    else:
-        kept = (slot.to(tl.int64) * batch_heads + batch_head) * KEYS + key_row
-        columns, v_columns = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
-        tl.store(partial_key + kept[:, None] * WIDTH + columns[None, :], acc_key)
-        tl.store(partial_value + kept[:, None] * VALUE_WIDTH + v_columns[None, :], acc_value)
+    kept = (slot.to(tl.int64) * batch_heads + batch_head) * KEYS + key_row
+    store_sums(
+        acc_key * scaling, grad_key, earlier_key, partial_key, batch, kv_head, token, in_kv,
+        (dk_batch, dk_head, dk_token), slot, lead, kept, HEAD_DIM, WIDTH,
+    )  # fmt: skip
+    store_sums(
+        acc_value, grad_value, earlier_value, partial_value, batch, kv_head, token, in_kv,
+        (dv_batch, dv_head, dv_token), slot, lead, kept, VALUE_DIM, VALUE_WIDTH,
+    )  # fmt: skip

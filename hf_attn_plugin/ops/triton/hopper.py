@@ -61,6 +61,8 @@ def serves(problem: Problem, *tensors: Tensor) -> bool:
         and query.shape[3] == value.shape[3]
         and len(passes) == 1
         and passes[0].runs is not None
+        and passes[0].q_order is None
+        and passes[0].kv_order is None
         and _is_hopper(query.device)
         and all(t.dtype == query.dtype and _by_tma(t) for t in tensors)
     )

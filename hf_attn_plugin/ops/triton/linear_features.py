@@ -1,10 +1,10 @@
 """The features of queries and keys, made before linear attention's kernels, and their gradient.
 
 The kernels read features from memory. For favor: its projection takes part in an exponent, so it
-needs more precision than the products of features, and six kernels would each do it again. For elu
-that costs a quarter more bytes than making the features inside the kernels, and saves registers:
-tiles that are only loaded are loaded ahead, and more programs fit a multiprocessor. Features are
-not kept between forward and backward.
+needs more precision than the products of features, and six kernels would each do it again. For elu:
+made inside the kernels they are a quarter fewer bytes, but each token's exponentials are computed
+six times over, and a tile that must be computed cannot be copied ahead while others are multiplied.
+Features are not kept between forward and backward.
 """
 
 # mypy: disallow-untyped-defs=False
