@@ -21,7 +21,8 @@ from hf_attn_plugin.config import (
 from hf_attn_plugin.doctor.environment import Target
 from hf_attn_plugin.integrations.attention_calls import InterfaceCall, intercept_attention
 from hf_attn_plugin.methods import METHODS
-from hf_attn_plugin.ops.backend import Call, choose_backend
+from hf_attn_plugin.ops.backend import choose_backend
+from hf_attn_plugin.ops.call import Call
 from hf_attn_plugin.patterns import Pattern, PatternMask
 
 # Arguments by which methods refuse a call, besides sinks.
@@ -294,7 +295,7 @@ def _decoding(layer: Layer, attn: str, dtype: torch.dtype, target: Target) -> _F
         kv_len = min(kv_len, layer.window)  # a window layer's cache holds no more
     last = Pattern(q_len=1, kv_len=kv_len, causal=layer.pattern.causal)
     pattern = _sparse(layer, attn, last)
-    if not pattern.is_sparse:
+    if not pattern.is_sparse or (target.type == "cuda" and pattern.stride is None):
         return _chosen(layer, pattern, dtype, target, needs_grad=False)
     seen = int(pattern.visible("cpu").any(1).sum())
     rest = Pattern(q_len=1, kv_len=seen, causal=False)  # all of these are seen

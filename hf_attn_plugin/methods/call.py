@@ -160,7 +160,8 @@ def attend(
         The output, contiguous ``[batch, q_len, heads, value_dim]``, and None for the weights.
     """
     key, value = call.key, call.value
-    gathers = not key.is_cuda or is_counted(call.module)  # on a GPU the kernel skips what is hidden
+    # On a GPU the kernel skips blocks that are hidden; of a stride every block holds a key.
+    gathers = not key.is_cuda or pattern.stride is not None or is_counted(call.module)
     if call.is_decoding and pattern.is_sparse and gathers and not torch.compiler.is_compiling():
         pattern, index = pattern.derive(
             ("seen", str(key.device)), lambda: _seen(pattern, key.device)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from hf_attn_plugin.ops.backend import (
     Backend,
-    Call,
     Choice,
     capability_of,
     choose_backend,
     installed_packages,
 )
+from hf_attn_plugin.ops.call import Call
 from hf_attn_plugin.ops.checks import check_tensors
 from hf_attn_plugin.ops.reference import reference_attention
 from hf_attn_plugin.ops.torch.blocked import blocked_attention

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
+from hf_attn_plugin.ops.call import Call
 from hf_attn_plugin.ops.triton.support import refuses as triton_refuses
 from hf_attn_plugin.ops.triton.support_decode import MAX_QUERIES, decode_refuses
 from hf_attn_plugin.ops.vendors import cudnn, flash_attention_4
@@ -80,55 +81,6 @@ class Choice:
     warning: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """What the choice may depend on, besides the pattern.
-
-    Attributes:
-        batch: Batch size.
-        dtype: Of query, key and value.
-        device_type: ``"cpu"``, ``"cuda"``, ...
-        softcap: Whether scores are capped.
-        sinks: Whether there are attention sinks.
-        need_lse: Whether the caller wants the log-sum-exp.
-        compiling: Whether ``torch.compile`` is tracing.
-        heads: Query heads.
-        kv_heads: Key/value heads.
-        head_dim: Of queries and keys.
-        value_dim: Of values.
-        needs_grad: Whether a backward pass may follow.
-        deterministic: Whether gradients must be the same bits from run to run.
-        capability: CUDA compute capability of an NVIDIA GPU, else None.
-        installed: Which of the optional packages with kernels there are: ``"triton"``,
-            ``"flash-attn-4"``.
-    """
-
-    batch: int
-    dtype: torch.dtype
-    device_type: str
-    softcap: bool
-    sinks: bool
-    need_lse: bool
-    compiling: bool
-    heads: int = 1
-    kv_heads: int = 1
-    head_dim: int = 64
-    value_dim: int = 64
-    needs_grad: bool = False
-    deterministic: bool = False
-    capability: tuple[int, int] | None = None
-    installed: frozenset[str] = frozenset()
-
-    def pairs(self, pattern: Pattern) -> int:
-        """Pairs of queries and keys, visible or not, over batch and heads."""
-        return self.batch * self.heads * pattern.q_len * pattern.kv_len
-
-    def elements(self, pattern: Pattern) -> int:
-        """Elements of the largest of query, key, value and output."""
-        tokens = max(self.heads * pattern.q_len, self.kv_heads * pattern.kv_len)
-        return self.batch * tokens * max(self.head_dim, self.value_dim)
-
-
 def installed_packages() -> frozenset[str]:
     """The optional packages with kernels that this Python has, in versions that are known here."""
     from packaging.version import Version
@@ -186,10 +138,12 @@ def _order(pattern: Pattern, call: Call) -> Iterator[Backend]:
     if decoding:
         yield from [*sdpa, Backend.TRITON_DECODE]
     if gpu:
-        masked = pattern.q_len * pattern.kv_len <= _FEW_MASKED
+        # Where heads are grouped, SDPA with a mask writes all scores out.
+        few = call.pairs(pattern) < _FEW_PAIRS
+        masked = few and pattern.q_len * pattern.kv_len <= _FEW_MASKED
         triton = [*mask, Backend.TRITON] if masked else [Backend.TRITON]
         hopper = _has_hopper_kernels(pattern, call)
-        if call.pairs(pattern) < _FEW_PAIRS:
+        if few:
             yield from sdpa
         if hopper and _is_narrow(terms):
             yield from triton
@@ -223,11 +177,11 @@ def _refuses(backend: Backend, pattern: Pattern, call: Call) -> str | None:
     if backend is Backend.SDPA_CAUSAL and pattern.q_len != pattern.kv_len:
         return "its causal mask starts at the first key, whatever the number of queries"
     if backend in (Backend.SDPA_CAUSAL, Backend.SDPA_FULL):
-        return _sdpa_lacks(call)
+        return _sdpa_lacks(pattern, call)
     if backend is Backend.SDPA_MASK:
         pairs = pattern.q_len * pattern.kv_len * (call.batch if pattern.tensors() else 1)
         large = f"{pairs} pairs make a large mask" if pairs > _MAX_DENSE_PAIRS else None
-        return _sdpa_lacks(call) or large
+        return _sdpa_lacks(pattern, call) or large
     return None
 
 
@@ -241,7 +195,7 @@ def _reason(backend: Backend, pattern: Pattern, call: Call) -> str:
     if backend is Backend.SDPA_MASK:
         return f"{pattern.q_len * pattern.kv_len} pairs are few enough for a mask"
     if backend is Backend.BLOCKED:
-        return _sdpa_lacks(call) or _VISITS
+        return _sdpa_lacks(pattern, call) or _VISITS
     if backend is Backend.DENSE:
         return "torch.compile is tracing, which the schedule cannot follow"
     return _in_words(terms, pattern)
@@ -258,13 +212,20 @@ def _in_words(mask: BuiltIn | str, pattern: Pattern) -> str:
     return "plain causal attention" if words == ["causal"] else ", ".join(words)
 
 
-def _sdpa_lacks(call: Call) -> str | None:
+def _sdpa_lacks(pattern: Pattern, call: Call) -> str | None:
     if call.softcap:
         return "SDPA has no softcap"
     if call.sinks:
         return "SDPA has no attention sinks"
     if call.need_lse:
         return "SDPA does not return the log-sum-exp"
+    grouped = call.device_type == "cuda" and call.heads != call.kv_heads
+    if grouped and call.pairs(pattern) >= _FEW_PAIRS:
+        # Its kernels on GPUs for other dtypes and wider heads know no groups of heads.
+        if call.dtype not in (torch.float16, torch.bfloat16):
+            return f"SDPA writes all scores of grouped heads out in {call.dtype}"
+        if max(call.head_dim, call.value_dim) > 256:
+            return "SDPA writes all scores of grouped heads out beyond a head_dim of 256"
     return None
 
 

@@ -13,7 +13,8 @@ import torch
 
 import hf_attn_plugin
 from hf_attn_plugin.ops import Backend, attention, choose_backend, reference_attention
-from hf_attn_plugin.ops.backend import KERNEL_PACKAGES, Call
+from hf_attn_plugin.ops.backend import KERNEL_PACKAGES
+from hf_attn_plugin.ops.call import Call
 from hf_attn_plugin.ops.vendors.built_in import BuiltIn, built_in
 from hf_attn_plugin.patterns import Pattern
 from tests.oracle import oracle_mask
@@ -94,7 +95,17 @@ B = Backend
         (dict(window=4096, stride=64), {}, B.TRITON),
         (PADDED, {}, B.TRITON),
         (dict(q_len=8192, q_offset=0), {}, B.TRITON),
-        ({}, dict(dtype=torch.float32), B.SDPA_CAUSAL),
+        ({}, dict(dtype=torch.float32, kv_heads=32), B.SDPA_CAUSAL),
+        # SDPA would write out the scores of grouped heads: 32 GiB.
+        ({}, dict(dtype=torch.float32), B.TRITON),
+        ({}, dict(dtype=torch.float32, compiling=True), B.TRITON),
+        ({}, dict(dtype=torch.float32, installed=frozenset()), B.BLOCKED),
+        ({}, dict(head_dim=576, value_dim=512, installed=TRITON), B.BLOCKED),
+        ({}, dict(head_dim=576, value_dim=512, kv_heads=32, installed=TRITON), B.SDPA_CAUSAL),
+        (dict(q_len=1024, kv_len=1024), dict(dtype=torch.float32), B.SDPA_CAUSAL),
+        # ... and of many rows under a mask.
+        (dict(q_len=512, kv_len=512, window=100, num_sink_tokens=1), {}, B.SDPA_MASK),
+        (dict(q_len=512, kv_len=512, window=100, num_sink_tokens=1), dict(batch=64), B.TRITON),
         (dict(window=4096), dict(dtype=torch.float32), B.TRITON),
         (dict(window=4096), dict(dtype=torch.float64), B.BLOCKED),
         ({}, dict(head_dim=100, value_dim=100), B.TRITON),

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugin.ops import attention, reference_attention
-from hf_attn_plugin.ops.backend import Call, capability_of
+from hf_attn_plugin.ops.backend import capability_of
 from hf_attn_plugin.ops.backend import installed_packages as installed
+from hf_attn_plugin.ops.call import Call
 from hf_attn_plugin.ops.vendors.built_in import built_in
 from hf_attn_plugin.ops.vendors.cudnn import cudnn_attention
 from hf_attn_plugin.ops.vendors.flash_attention_4 import PACKAGE, flash_attention_4, refuses

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_plugin.ops.triton.launch import Problem, empty_results, run_backward, run_forward
+from hf_attn_plugin.ops.triton.launch import empty_results, run_backward, run_forward
 from hf_attn_plugin.ops.triton.plan import Plan
+from hf_attn_plugin.ops.triton.problem import Problem
 from hf_attn_plugin.ops.triton.support import DTYPES, MAX_HEAD_DIM, refuses_pattern
 from hf_attn_plugin.ops.triton.tiles import choose_tiles, shape_of
 from hf_attn_plugin.patterns import Pattern
@@ -49,22 +50,27 @@ def triton_attention(
     multiplied in their own precision and added in float32; float32 is computed as IEEE float32.
     Memory beyond inputs, output and gradients: 12 bytes per query and head in the backward pass,
     float32 copies of what a pattern with a stride computes in two passes, and float32 slices of
-    rows and columns that are split over programs.
+    the few rows and columns that are split over programs, at most the size of a 16-bit output.
+    Work is planned once per `Pattern` object, whose tensors must not change afterwards.
 
     Raises:
         ValueError: The kernels do not honour the call; see `support.refuses`.
     """
-    _refuse(query, value, pattern)
+    _refuse(query, value, sinks, pattern)
     if scaling <= 0:  # kernels compare products of query and key before they are scaled
         query, scaling = query * (-1.0 if scaling < 0 else 0.0), -scaling or 1.0
     # Kernels read rows of neighbouring elements; other layouts (rare) are copied.
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    if sinks is not None:
+        sinks = sinks.float()  # of any other type they would be compiled anew
     if torch.compiler.is_compiling() or type(query) not in (Tensor, torch.nn.Parameter):
         tensors, numbers = _encode(pattern)
         return _forward(query, key, value, sinks, tensors, numbers, float(scaling), softcap)
     device = query.device
 
     def find_plan() -> Plan:
+        if pattern.tensors():  # whether their values have changed since another pattern's plan
+            return Plan(pattern, device)  # nothing tells for sure
         return _plans.find(pattern.q_len, pattern.kv_len, *_encode(pattern), device)
 
     plan = pattern.derive(("triton plan", device), find_plan)
@@ -256,7 +262,12 @@ def _decode(q_len: int, kv_len: int, tensors: Sequence[Tensor], numbers: Sequenc
 
 
 class _Plans:
-    """The last plans, found by the numbers of a pattern and the identity of its tensors."""
+    """The last plans, found by the numbers of a pattern and the identity of its tensors.
+
+    The operators need it, which get no pattern: the backward pass, and every layer but the first,
+    find what the first has made. Writes that leave no trace in a tensor's version (through numpy
+    or ``.data``) are not noticed, so that eager calls use it only for patterns without tensors.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -318,11 +329,16 @@ def _planned(
     scaling: float,
     softcap: float | None,
 ) -> Problem:
+    if sinks is not None:
+        sinks = sinks.contiguous()  # kernels read the logit of head h at h
     tiles = choose_tiles(query.shape[3], value.shape[3], query.dtype, shape_of(plan.pattern))
     return Problem(query, key, value, sinks, plan, tiles, scaling, softcap, dense)
 
 
-def _refuse(query: Tensor, value: Tensor, pattern: Pattern) -> None:
+def _refuse(query: Tensor, value: Tensor, sinks: Tensor | None, pattern: Pattern) -> None:
+    heads = query.shape[1]
+    if sinks is not None and sinks.numel() != heads:
+        raise ValueError(f"triton_attention: one sink for each of {heads} heads, not {sinks.shape}")
     reason = refuses_pattern(pattern)
     if query.dtype not in DTYPES:
         reason = f"it computes {', '.join(map(str, DTYPES))}, not {query.dtype}"

@@ -144,14 +144,17 @@ def make_plan(pattern: Pattern, device: torch.device, block: int) -> Plan:
         start = pattern.kv_len - pattern.q_len if offset is None else offset - pattern.kv_offset
         first, offset = start, None
     band = FAR if pattern.band is None else min(pattern.band, FAR)
-    prefix = max(pattern.num_sink_tokens, pattern.num_global_tokens) - pattern.kv_offset
+    first_tokens = max(pattern.num_sink_tokens, pattern.num_global_tokens)
+    # With an offset below 0 more keys lie before the first tokens' end; without any, none do.
+    prefix = first_tokens - pattern.kv_offset if first_tokens else 0
+    leading = pattern.num_global_tokens and pattern.num_global_tokens - pattern.kv_offset
     numbers = (
         first,
         band,  # the first key: query - band < key
         1 if pattern.causal else band,  # the last key: key < query + this
         0 if pattern.reach is None else min(pattern.reach, FAR),
         max(prefix, 0),  # keys before this are seen by all
-        max(pattern.num_global_tokens - pattern.kv_offset, 0),  # queries before this see all
+        max(leading, 0),  # queries before this see all
         pattern.dilation,
         pattern.stride or 0,
     )

@@ -12,7 +12,7 @@ there 5.4, 6.8, 9.5 (6.6, 7.9, 14.9).
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,16 +26,13 @@ from hf_attn_plugin.ops.triton.hopper_grad_key import hopper_grad_key_kernel
 from hf_attn_plugin.ops.triton.hopper_grad_query import hopper_grad_query_kernel
 from hf_attn_plugin.ops.triton.merge import merge_outputs_kernel, merge_sums_kernel
 from hf_attn_plugin.ops.triton.plan import Pass
+from hf_attn_plugin.ops.triton.problem import LOG2E, Problem, batch_stride
 from hf_attn_plugin.ops.triton.tiles import Tile
 from hf_attn_plugin.ops.triton.work import Work
 from hf_attn_plugin.patterns import Pattern
 
-if TYPE_CHECKING:
-    from hf_attn_plugin.ops.triton.launch import Problem
-
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _HEAD_DIMS = (64, 128)
-_LOG2E = 1.4426950408889634
 # Rows of one warpgroup, in `hopper_pieces`.
 _ROWS = 64
 # From how many keys on a query's run is long: larger tiles then waste little at its ends.
@@ -167,14 +164,14 @@ def grad_key(
         "items": work.items,
         "kv_info": step.kv_info,
         "item_batch": _item_stride(work),
-        "kv_info_batch": _batch_stride(step.kv_info),
+        "kv_info_batch": batch_stride(step.kv_info),
         "batch_heads": batch * kv_heads,
         "kv_heads": kv_heads,
         "group_packs": problem.groups // heads,
         "q_len": query.shape[2],
         "kv_len": key.shape[2],
         "scaling": problem.scaling,
-        "to_log2": problem.scaling * _LOG2E,
+        "to_log2": problem.scaling * LOG2E,
     }
     fixed = {
         "HEADS": heads,
@@ -235,13 +232,13 @@ def _over_queries(
         "items": work.items,
         "q_info": step.q_info,
         "item_batch": _item_stride(work),
-        "q_info_batch": _batch_stride(step.q_info),
+        "q_info_batch": batch_stride(step.q_info),
         "num_items": work.num_items,
         "batch_packs": problem.batch * packs,
         "packs": packs,
         "group_packs": problem.groups // heads,
         "q_len": problem.query.shape[2],
-        "to_log2": problem.scaling * _LOG2E,
+        "to_log2": problem.scaling * LOG2E,
     }
     fixed = {
         "HEADS": heads,
@@ -289,10 +286,6 @@ def _has_second(step: Pass) -> bool:
 
 def _item_stride(work: Work) -> int:
     return work.num_items if work.items.shape[0] > 1 else 0
-
-
-def _batch_stride(tensor: Tensor) -> int:
-    return tensor.stride(0) if tensor.shape[0] > 1 else 0
 
 
 def _scratch(like: Tensor, rows: int, columns: int) -> Tensor:

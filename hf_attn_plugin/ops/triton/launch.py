@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -16,113 +14,10 @@ from hf_attn_plugin.ops.triton.forward import forward_kernel
 from hf_attn_plugin.ops.triton.grad_key import grad_key_kernel
 from hf_attn_plugin.ops.triton.grad_query import grad_query_kernel
 from hf_attn_plugin.ops.triton.merge import merge_outputs_kernel, merge_sums_kernel
-from hf_attn_plugin.ops.triton.plan import Pass, Plan
-from hf_attn_plugin.ops.triton.tiles import Tile, Tiles
+from hf_attn_plugin.ops.triton.plan import Pass
+from hf_attn_plugin.ops.triton.problem import Problem, width
+from hf_attn_plugin.ops.triton.tiles import Tile
 from hf_attn_plugin.ops.triton.work import Work
-
-_LOG2E = math.log2(math.e)
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One call: its tensors and numbers, and what they imply.
-
-    Attributes:
-        query: ``[batch, heads, q_len, head_dim]``, the last dimension contiguous, as of all.
-        key: ``[batch, kv_heads, kv_len, head_dim]``.
-        value: ``[batch, kv_heads, kv_len, value_dim]``.
-        sinks: ``[heads]`` or None.
-        plan: Of the pattern.
-        tiles: Sizes of tiles.
-        scaling: Factor on the scores, above 0.
-        softcap: Cap of the scores or None.
-        dense: The pattern's mask of the caller's own, or None.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    sinks: Tensor | None
-    plan: Plan
-    tiles: Tiles
-    scaling: float
-    softcap: float | None
-    dense: Tensor | None = None
-
-    @property
-    def batch(self) -> int:
-        """Batch size."""
-        return self.query.shape[0]
-
-    @property
-    def groups(self) -> int:
-        """Query heads per KV head."""
-        return self.query.shape[1] // self.key.shape[1]
-
-    def work(self, step: Pass, tile: Tile, of_keys: bool = False) -> Work:
-        """The work items of a pass for programs with tiles of queries, or of keys."""
-        tokens = tile.rows // tile.heads(self.groups)
-        return step.work(tokens, tile.keys, of_keys=of_keys, split=self.tiles.split)
-
-    def runtime(self, step: Pass, tile: Tile, work: Work) -> dict[str, Any]:
-        """Arguments that all three kernels take and that differ between lengths and layouts."""
-        dense = self.dense
-        mask_strides = [0, 0, 0, 0]
-        if dense is not None:
-            mask_strides = [
-                0 if size == 1 and axis < 2 else stride
-                for axis, (size, stride) in enumerate(zip(dense.shape, dense.stride(), strict=True))
-            ]
-        to_log2, cap_rate = self.scaling * _LOG2E, 0.0
-        if self.softcap is not None:
-            to_log2, cap_rate = self.softcap * _LOG2E, 2 * _LOG2E * self.scaling / self.softcap
-        names = ("mask_batch", "mask_head", "mask_query", "mask_key")
-        return {
-            "items": work.items,
-            "entries": work.entries,
-            "item_batch": work.num_items if work.items.shape[0] > 1 else 0,
-            "q_info": step.q_info,
-            "kv_info": step.kv_info,
-            "q_info_batch": _batch_stride(step.q_info),
-            "kv_info_batch": _batch_stride(step.kv_info),
-            "q_order": step.q_order,
-            "kv_order": step.kv_order,
-            "dense": None if dense is None else dense.view(torch.int8),
-            **dict(zip(names, mask_strides, strict=True)),
-            "group_packs": self.groups // tile.heads(self.groups),
-            "q_len": self.query.shape[2],
-            "kv_len": self.key.shape[2],
-            **step.numbers,
-            "to_log2": to_log2,
-            "cap_rate": cap_rate,
-        }
-
-    def fixed(self, step: Pass, tile: Tile, unit: int, tma: bool) -> dict[str, Any]:
-        """What a kernel is compiled for."""
-        heads = tile.heads(self.groups)
-        head_dim, value_dim = self.query.shape[3], self.value.shape[3]
-        return {
-            "TERMS": step.terms,
-            "UNIT": unit,
-            "TMA": tma,
-            "SOFTCAP": self.softcap is not None,
-            "HEAD_DIM": head_dim,
-            "VALUE_DIM": value_dim,
-            "WIDTH": width(head_dim),
-            "VALUE_WIDTH": width(value_dim),
-            "HEADS": heads,
-            "TOKENS": tile.rows // heads,
-            "KEYS": tile.keys,
-            "PRECISION": "ieee" if self.query.dtype == torch.float32 else "tf32",
-            "TWO_LOOPS": tile.two_loops,
-            "STAGES": tile.stages,
-            "num_warps": tile.warps,
-        }
-
-
-def width(dim: int) -> int:
-    """Columns of a tile that holds ``dim`` of them."""
-    return max(16, 1 << (dim - 1).bit_length())
 
 
 def run_forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -375,10 +270,6 @@ def _strides(name: str, tensor: Tensor, unit: int = 1) -> dict[str, int]:
     strides = zip(axes, tensor.shape, tensor.stride(), strict=False)
     # A dimension of one entry has a stride that nobody uses: any will do.
     return {f"{name}_{axis}": 0 if size == 1 else step // unit for axis, size, step in strides}
-
-
-def _batch_stride(tensor: Tensor) -> int:
-    return tensor.stride(0) if tensor.shape[0] > 1 else 0
 
 
 def _unit(*tensors: Tensor) -> int:

@@ -16,6 +16,7 @@ from hf_attn_plugin.ops.triton import masks
 from hf_attn_plugin.ops.triton.residues import far_runs
 from hf_attn_plugin.ops.triton.work import (
     Runs,
+    Split,
     Visits,
     Work,
     visits_of,
@@ -60,23 +61,23 @@ class Pass:
     kv_order: Tensor | None = None
     runs: tuple[Runs, Runs] | None = None
     schedule: tuple[Pattern, bool] | None = None
-    _work: dict[tuple[int, int, bool, int], Work] = dataclasses.field(default_factory=dict)
+    _work: dict[tuple[int, int, bool, Split], Work] = dataclasses.field(default_factory=dict)
 
-    def work(self, tokens: int, keys: int, *, of_keys: bool, split: int) -> Work:
+    def work(self, tokens: int, keys: int, *, of_keys: bool, split: Split) -> Work:
         """The work items of one kernel, made once.
 
         Args:
             tokens: Queries of a tile.
             keys: Keys of a tile.
             of_keys: For programs that hold keys and go over queries.
-            split: Fewest visits of a slice of a heavy row.
+            split: When a heavy row is cut.
         """
         asked = (tokens, keys, of_keys, split)
         if asked not in self._work:
             self._work[asked] = self._make_work(*asked)
         return self._work[asked]
 
-    def _make_work(self, tokens: int, keys: int, of_keys: bool, split: int) -> Work:
+    def _make_work(self, tokens: int, keys: int, of_keys: bool, split: Split) -> Work:
         device = self.q_info.device
         if self.runs is not None:
             own, others = (keys, tokens) if of_keys else (tokens, keys)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from hf_attn_plugin.ops.call import Call
 from hf_attn_plugin.patterns import Pattern
-
-if TYPE_CHECKING:
-    from hf_attn_plugin.ops.backend import Call
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256

@@ -20,6 +20,11 @@ FIRST_COUNT, FIRST_BASE, SECOND_BASE = 5, 6, 7
 FULL_RANGES = slice(8, 12)
 COLUMNS = 12
 
+# Four for each of an H100's or H200's multiprocessors; others have nearly as many.
+_SHARES = 4 * 132
+# So many slices per batch row are always allowed.
+_FEW_SLICES = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -96,7 +101,20 @@ def visits_of(schedule: Schedule, pattern: Pattern) -> Visits:
     return Visits(rows, schedule.cols, schedule.full, num_rows, num_cols)
 
 
-def work_from_visits(visits: Visits, split: int, device: torch.device) -> Work:
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """When a row of visits is cut into slices for several programs.
+
+    Attributes:
+        visits: Fewest visits of a slice.
+        programs: Programs for the items of all batch rows: batch times heads or packs of heads.
+    """
+
+    visits: int
+    programs: int
+
+
+def work_from_visits(visits: Visits, split: Split, device: torch.device) -> Work:
     """Items whose visits are listed, those that need no mask first."""
     order = np.lexsort((~visits.full, visits.rows))
     counts = np.bincount(visits.rows, minlength=visits.num_rows)
@@ -109,14 +127,14 @@ def work_from_visits(visits: Visits, split: int, device: torch.device) -> Work:
     return _work(items, visits.cols[order], split, device)
 
 
-def work_from_runs(runs: Runs, own: int, others: int, split: int, device: torch.device) -> Work:
+def work_from_runs(runs: Runs, own: int, others: int, split: Split, device: torch.device) -> Work:
     """Items for runs of tokens.
 
     Args:
         runs: What every token sees.
         own: Tokens of a block of a program's own.
         others: Tokens of a block that it visits.
-        split: Fewest visits of a slice of a heavy row.
+        split: When a heavy row is cut.
         device: Where the work goes.
     """
     first = _block_runs(runs.start, runs.length, own, others)
@@ -177,12 +195,26 @@ def _blank_items(rows: int, blocks: int) -> Ints:
     return items
 
 
-def _work(items: Ints, entries: Ints, split: int, device: torch.device) -> Work:
-    """The items of all batch rows, heavy ones cut, the longest first."""
-    counts = items[..., END]
+def _most_visits(counts: Ints, split: Split) -> int:
+    """Visits ``[batch or 1, rows]`` up to which a row is left whole."""
     busy = counts[counts > 0]
-    # A row is heavy beyond four times the median of those that visit anything.
-    limit = max(split, int(4 * np.median(busy)) if len(busy) else 1)
+    if not len(busy):
+        return split.visits
+    # What takes one multiprocessor a fraction of its whole share does not hold up the others, since
+    # the longest start first; nor does what is not far above the median.
+    share = int(counts.sum()) * split.programs // (len(counts) * _SHARES)
+    limit = max(split.visits, int(4 * np.median(busy)), share)
+    # Every slice is a tile of float32, and every batch row has room for as many as the one that is
+    # cut most: together at most the size of a 16-bit result.
+    most = max(_FEW_SLICES, counts.shape[1] // 2)
+    while np.where(counts > limit, -(-counts // limit), 0).sum(1).max() > most:
+        limit *= 2
+    return limit
+
+
+def _work(items: Ints, entries: Ints, split: Split, device: torch.device) -> Work:
+    """The items of all batch rows, heavy ones cut, the longest first."""
+    limit = _most_visits(items[..., END], split)
     cut = [_cut(row, limit) for row in items]
     num_items = max((len(part) for part, _, _ in cut), default=0)
     num_splits = max((len(splits) for _, splits, _ in cut), default=0)

@@ -40,7 +40,7 @@ def built_in(pattern: Pattern) -> BuiltIn | str:
 
 def _built_in(pattern: Pattern) -> BuiltIn | str:
     unknown = {
-        "dense": "a mask of the caller's own",
+        "dense": "mask of the caller's own",
         "q_positions": "queries and keys that are numbered apart",
         "key_valid": "padding",
     }
@@ -67,7 +67,7 @@ def _built_in(pattern: Pattern) -> BuiltIn | str:
         return "packed documents over a cache"
     causal = pattern.causal and (first < pattern.kv_len - 1 or window is not None)
     if (causal or window is not None) and not aligned:
-        return "a last query that is not at the last key"
+        return "last query that is not at the last key"
     return BuiltIn(causal=causal, window=window, documents=documents)
 
 
@@ -80,7 +80,7 @@ def _kept_window(pattern: Pattern, span: int) -> int | str | None:
     if pattern.num_sink_tokens:
         return "sink tokens"
     if pattern.stride is not None:
-        return "a stride"
+        return "stride"
     if pattern.dilation > 1:
         return "dilation"
     return pattern.window

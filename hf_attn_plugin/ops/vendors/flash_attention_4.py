@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_attn_plugin.ops.call import Call
 from hf_attn_plugin.ops.vendors.built_in import BuiltIn, built_in
 from hf_attn_plugin.patterns import Pattern
-
-if TYPE_CHECKING:
-    from hf_attn_plugin.ops.backend import Call
 
 PACKAGE = "flash-attn-4"
 # The oldest whose signature and gradients (of sinks, of the log-sum-exp) this file was written to.

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_attn_plugin.ops.backend import Call
+from hf_attn_plugin.ops.call import Call
 from hf_attn_plugin.ops.reference import reference_attention
 from hf_attn_plugin.ops.triton import decode_plan, support_decode
 from hf_attn_plugin.ops.triton.decode_plan import Tile, choose_splits, choose_tile, make_plan

@@ -51,10 +51,15 @@ def inputs(
     dtype: torch.dtype = torch.float32,
     dims: tuple[int, int] = (20, 18),
     batch: int = 2,
+    heads: tuple[int, int] = (2, 1),
 ) -> list[Tensor]:
-    """Query, key and value of 2 heads over 1 KV head, tokens before heads as models have them."""
+    """Query, key and value, tokens before heads as models have them."""
     torch.manual_seed(q_len + kv_len)
-    shapes = [(batch, q_len, 2, dims[0]), (batch, kv_len, 1, dims[0]), (batch, kv_len, 1, dims[1])]
+    shapes = [
+        (batch, q_len, heads[0], dims[0]),
+        (batch, kv_len, heads[1], dims[0]),
+        (batch, kv_len, heads[1], dims[1]),
+    ]
     return [
         torch.randn(shape).to(DEVICE, dtype).transpose(1, 2).requires_grad_() for shape in shapes
     ]
@@ -110,6 +115,7 @@ def exact(tensors: list[Tensor], pattern: Pattern, feature_map: FeatureMap) -> l
 def plain(tensors: list[Tensor], pattern: Pattern, feature_map: FeatureMap) -> list[Tensor]:
     """What one would write in PyTorch, in the inputs' dtype."""
     query, key, value = (t.detach().requires_grad_() for t in tensors)
+    groups = query.shape[1] // key.shape[1]
     scaling = query.shape[-1] ** -0.5
     phi_q, phi_k = (
         torch.exp(log - log.detach().amax((-1, -2) if per_row else -1, keepdim=True))
@@ -118,10 +124,10 @@ def plain(tensors: list[Tensor], pattern: Pattern, feature_map: FeatureMap) -> l
             (feature_map.log(key, scaling), True),
         )
     )
-    weights = phi_q @ phi_k.transpose(-1, -2)
+    weights = phi_q @ phi_k.repeat_interleave(groups, 1).transpose(-1, -2)
     weights = weights.masked_fill(~pattern.visible(query.device), 0.0)
     below = weights.sum(-1, keepdim=True)
-    output = weights @ value / torch.where(below == 0, 1.0, below)
+    output = weights @ value.repeat_interleave(groups, 1) / torch.where(below == 0, 1.0, below)
     return with_gradients(output, [query, key, value])
 
 
@@ -173,9 +179,12 @@ def test_equals_the_definition(features: str, name: str, chunk: int) -> None:
 @in_kernel
 @maps
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_precision(feature_map: FeatureMap, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("heads", [(2, 1), (4, 2)], ids=str)
+def test_half_precision(
+    feature_map: FeatureMap, dtype: torch.dtype, heads: tuple[int, int]
+) -> None:
     pattern = Pattern(q_len=40, kv_len=40)
-    tensors = inputs(40, 40, dtype=dtype, dims=(32, 16), batch=1)
+    tensors = inputs(40, 40, dtype=dtype, dims=(32, 16), batch=1, heads=heads)
     output, state = triton(tensors, pattern, feature_map=feature_map)
     assert output.dtype == dtype and state.sums.dtype == torch.float32
     found = with_gradients(output, tensors)
