@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tomllib
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from tiny import random_ids, tiny_config, tiny_model
+from transformers import AutoConfig, LlamaForCausalLM
 
 import hf_attn_plugin
 from hf_attn_plugin import SlidingWindowConfig, SparQConfig, count_reads
 from hf_attn_plugin.cli.main import main
 from hf_attn_plugin.doctor import examine, packages
-from hf_attn_plugin.doctor.environment import SUPPORTED
+from hf_attn_plugin.doctor.environment import SUPPORTED, target
+from hf_attn_plugin.doctor.layers import Layer, build_model, layer_backends, read_layers
+from hf_attn_plugin.doctor.report import ModelReport
 
 LENGTH = 96
 
@@ -192,6 +196,47 @@ def test_backends_of_a_gpu_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert "16,384 tokens, cuda:9.0 with triton" in text
     assert f"      not {absent}" in text
+
+
+def test_prefill_and_training_apart(tmp_path: Path) -> None:
+    """FlashAttention-4 has no gradient of grouped heads of 192 with values of 128."""
+    config = AutoConfig.from_pretrained(large_config(tmp_path))
+    model = build_model(LlamaForCausalLM, config, "flash", torch.bfloat16)
+    usual = read_layers(model, 16384)[0]
+    wide = dataclasses.replace(usual, head_dim=192)
+    on = target("cuda:9.0", ["triton", "flash-attn-4"])
+
+    def lines(layer: Layer, dtype: torch.dtype) -> list[str]:
+        found = tuple(layer_backends([layer], "flash", dtype, on))
+        report = ModelReport("Model", "flash", "bfloat16", 16384, str(on), backends=found)
+        return str(report).splitlines()
+
+    assert "    prefill, training: FlashAttention-4 (plain" in "\n".join(lines(usual, torch.half))
+    said = lines(wide, torch.bfloat16)
+    prefill = next(i for i, line in enumerate(said) if line.startswith("    prefill: Flash"))
+    training = next(i for i, line in enumerate(said) if line.startswith("    training: "))
+    assert prefill < training
+    assert "cuDNN" in said[training]
+    assert "no gradient of grouped heads" in said[training + 1]
+    double = "\n".join(lines(usual, torch.float64))
+    assert "prefill, training: blocks of the schedule in PyTorch" in double
+    assert "slower than a kernel by an order of magnitude" in double
+
+
+def test_the_backend_of_linear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [large_config(tmp_path), "--attn", "linear", "--dtype", "bfloat16"]
+
+    def said(*options: str) -> str:
+        main(["doctor", *line, *options])
+        found = capsys.readouterr().out.splitlines()
+        return next(text for text in found if "prefill, training:" in text)
+
+    gpu = ("--device", "cuda:9.0", "--installed")
+    assert "linear attention: Triton, chunks in parallel" in said(*gpu, "triton")
+    without = said(*gpu, "flash-attn-4")
+    assert "PyTorch, chunk after chunk (Triton is not installed" in without
+    assert "slower than a kernel" in without
+    assert "PyTorch, chunk after chunk (Triton's kernels are for GPUs" in said("--device", "cpu")
 
 
 @pytest.mark.parametrize(

@@ -389,6 +389,33 @@ def test_what_was_measured_is_kept(tmp_path: Path, short_gate: None) -> None:
     assert calls
 
 
+def test_the_choice_is_measured_anew_with_other_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`flash` may call FlashAttention-4 or cuDNN; what calls ours alone does not depend on them."""
+    bench, _ = make_bench(tmp_path / "speed.json")
+    found = contenders.contenders()
+    versions = {"flash-attn-4": "4.0.0b36"}
+
+    def version(name: str) -> str:
+        return versions.get(name, "1.0")
+
+    def stamps() -> dict[str, str]:
+        return {name: bench.stamp(found[name]) for name in ("flash", "triton", "flex")}
+
+    monkeypatch.setattr(contenders.importlib.metadata, "version", version)
+    before = stamps()
+    versions["flash-attn-4"] = "4.0.0b37"
+    after = stamps()
+    assert after["flash"] != before["flash"]
+    assert (after["triton"], after["flex"]) == (before["triton"], before["flex"])
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 99999)
+    assert stamps()["flash"] != after["flash"]
+    # What is measured, and how, concerns everybody.
+    monkeypatch.setattr(table, "bench_hash", lambda: "other cases")
+    assert not set(stamps().values()) & set(after.values())
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "speed.json"
     path.write_text('{"rows": [{"case": "full"}]}')

@@ -20,6 +20,7 @@ compile_tax, in_model = speed_module("compile_tax"), speed_module("in_model")
 
 def test_compiled_kernels_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A contender that compiles for every length is found out; one that does so once is not."""
+    monkeypatch.setattr(compile_tax, "SHORT", 80)
     monkeypatch.setattr(compile_tax, "LENGTHS", (100, 150))
 
     def tax(key: Callable[[Any], str], name: str) -> Any:
@@ -36,13 +37,17 @@ def test_compiled_kernels_are_counted(tmp_path: Path, monkeypatch: pytest.Monkey
 
     once = tax(lambda case: case.name, "once")
     assert (once.kernels, once.lengths_kernels, once.layouts_kernels) == (1, 0, 0)
-    assert once.good
+    assert once.good and once.short_kernels == 0
+    classes = tax(lambda case: f"{case.length > 90}", "two classes of tiles")
+    assert (classes.kernels, classes.short_kernels, classes.lengths_kernels) == (1, 1, 0)
+    assert classes.good
     each = tax(lambda case: f"{case.length} {case.seed}", "each")
     assert (each.kernels, each.lengths_kernels, each.layouts_kernels) == (1, 2, 3)
     assert not each.good
     assert not dataclasses.replace(once, first_s=21.0).good
+    assert not dataclasses.replace(once, short_s=21.0).good
     header, rows = compile_tax.table([once, each])
-    assert header.count("compiled") == 3
+    assert header.count("compiled") == 4
     assert rows[1][header.index("compiled")] == "1"
 
 

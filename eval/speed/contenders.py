@@ -8,7 +8,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hf_attn_plugin
+from hf_attn_plugin.ops.backend import KERNEL_PACKAGES
 from hf_attn_plugin.patterns import Pattern
 
 from .cases import Case
@@ -37,6 +38,7 @@ class Contender:
         module: What must be importable.
         distribution: The package to install for it.
         ours: Whether it is this project's.
+        chooses: Whether it may call other people's kernels.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Contender:
     module: str = "torch"
     distribution: str = "torch"
     ours: bool = False
+    chooses: bool = False
 
     def missing(self) -> str | None:
         """What is not installed, or None."""
@@ -59,7 +62,8 @@ class Contender:
     def version(self) -> str:
         """What its speed depends on: a package's version, of ours the sources."""
         if self.ours:
-            return f"sources {source_hash()}"
+            sources = f"sources {source_hash()}"
+            return f"{sources}, {kernel_versions()}" if self.chooses else sources
         try:
             return f"{self.distribution} {importlib.metadata.version(self.distribution)}"
         except importlib.metadata.PackageNotFoundError:  # a source tree on the path
@@ -100,7 +104,14 @@ def contenders() -> dict[str, Contender]:
             "hf_attn_plugin.ops.triton.attention",
             ours=True,
         ),
-        Contender("flash", "hf_attn_plugin, the choice", _choice, lambda case: None, ours=True),
+        Contender(
+            "flash",
+            "hf_attn_plugin, the choice",
+            _choice,
+            lambda case: None,
+            ours=True,
+            chooses=True,
+        ),
     ]
     return {contender.name: contender for contender in found}
 
@@ -288,8 +299,29 @@ def _choice(case: Case, pattern: Pattern, device: torch.device) -> Attention:
 def source_hash() -> str:
     """A digest of the files that our speed depends on."""
     package = Path(inspect.getfile(hf_attn_plugin)).parent
-    files = sorted([*(package / "ops").rglob("*.py"), *(package / "patterns").rglob("*.py")])
+    return _digest([*(package / "ops").rglob("*.py"), *(package / "patterns").rglob("*.py")])
+
+
+@functools.cache
+def bench_hash() -> str:
+    """A digest of the files that say what is measured, and how."""
+    names = ("cases.py", "contenders.py", "numerics.py", "timing.py")
+    return _digest([Path(__file__).with_name(name) for name in names])
+
+
+def kernel_versions() -> str:
+    """Versions of other people's kernels that ours may choose."""
+    found = [f"cuDNN {torch.backends.cudnn.version() or 'none'}"]
+    for name in sorted(set(KERNEL_PACKAGES) - {"triton"}):  # which every row names
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} none")
+    return ", ".join(found)
+
+
+def _digest(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in files:
+    for path in sorted(files):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

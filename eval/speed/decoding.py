@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -322,15 +323,13 @@ def _said(rows: list[DecodeRow]) -> list[str]:
     return [f"{name}: {reason} ({'; '.join(cases)})" for (name, reason), cases in reasons.items()]
 
 
-def run(
-    out: Path, *, quick: bool = False, fresh: bool = False, only: frozenset[str] | None = None
-) -> int:
+def run(out: Path, *, command: str, quick: bool = False, only: frozenset[str] | None = None) -> int:
     """Measure, print a table, write ``decoding.md`` and ``decoding.json`` into ``out``.
 
     Args:
         out: The folder.
+        command: The command line, for the page's first line.
         quick: The main cases only.
-        fresh: Has no effect: all is measured anew in any case, since it takes seconds.
         only: Names of contenders; None for all.
 
     Returns:
@@ -352,7 +351,7 @@ def run(
     about = f"{machine_line()}; a copy moves {copy_rate / 1e12:.2f} TB/s"
     print(about, text_table(header, cells), "\n".join(said), sep="\n\n")
     out.mkdir(parents=True, exist_ok=True)
-    parts = ["<!-- Made by: hf-attn bench decode -->", "# Speed of decoding", about, _MEANING]
+    parts = [f"<!-- Made by: {command} -->", "# Speed of decoding", about, _MEANING]
     parts += [markdown_table(header, cells), "\n".join(f"- {line}" for line in said)]
     (out / "decoding.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     content = {"about": about, "rows": [dataclasses.asdict(row) for row in rows]}
@@ -384,7 +383,8 @@ def main() -> int:
     parser.add_argument("--only", help="names of contenders, separated by commas")
     args = parser.parse_args()
     only = None if args.only is None else frozenset(args.only.split(","))
-    return run(args.out, quick=args.quick, only=only)
+    command = f"python -m eval.speed.decoding {shlex.join(sys.argv[1:])}".strip()
+    return run(args.out, command=command, quick=args.quick, only=only)
 
 
 if __name__ == "__main__":

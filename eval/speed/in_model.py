@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_attn_plugin
 from hf_attn_plugin import SlidingWindowConfig, configure
 
-from .contenders import source_hash
+from .contenders import kernel_versions, source_hash
 from .report import ERROR, OK, WRONG, Results, machine, markdown_table, text_table
 from .table import free
 from .timing import Clock, CudaClock, time_limit
@@ -177,6 +178,14 @@ def run(
     return 1 if bad else 0
 
 
+def check_peers(names: Sequence[str]) -> None:
+    """Raise ValueError where a name is no ``attn_implementation``."""
+    known = sorted({"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()})
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"no peer named {', '.join(unknown)}: choose from {', '.join(known)}")
+
+
 def _write_page(path: Path, rows: Sequence[StepRow], command: str) -> None:
     about = ", ".join(f"{key} {value}" for key, value in machine().items())
     parts = [
@@ -316,7 +325,8 @@ def notes(rows: Sequence[StepRow]) -> list[str]:
 
 def _stamp() -> str:
     about = machine()
-    return f"{about['device']}, torch {about['torch']}, {about['transformers']}, {source_hash()}"
+    versions = f"torch {about['torch']}, {about['transformers']}, {kernel_versions()}"
+    return f"{about['device']}, {versions}, {source_hash()}"
 
 
 _MEANING = (

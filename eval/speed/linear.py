@@ -1,23 +1,13 @@
-"""Time and memory of linear attention on a GPU, forward and backward, over the sequence length.
+"""``hf-attn bench linear``: linear attention's kernels beside PyTorch's path and softmax attention.
 
-    python eval/speed/linear.py
-
-One row per length: our Triton kernels, our PyTorch path (up to ``--torch-up-to`` tokens) and, for
-comparison, causal softmax attention through PyTorch's SDPA (flash). Before anything is timed, every
-dtype's output and gradients are compared with the float64 definition at a small size, and a case
-that fails is not timed. Median over CUDA events; random inputs; memory is what the call takes
-beside inputs, output and gradients.
+Outputs and gradients of every dtype are compared with the float64 definition first (`check`); if
+bfloat16, which is timed, is not within its budget, nothing is.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any
-from unittest import mock
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +16,87 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_attn_plugin.ops.linear import linear_attention, reference_linear_attention
 from hf_attn_plugin.ops.linear_backend import LinearBackend
-from hf_attn_plugin.ops.torch.linear_features import EluFeatures, FavorFeatures, FeatureMap
-from hf_attn_plugin.ops.triton import linear as kernels
+from hf_attn_plugin.ops.torch.linear_features import EluFeatures, FeatureMap
 from hf_attn_plugin.patterns import Pattern
+
+from .report import machine_line, markdown_table, text_table
+from .table import free
+from .timing import Clock, CudaClock, time_stages
+
+PAGE = "linear.md"
+LENGTHS, QUICK_LENGTHS = (4096, 16384, 32768, 65536, 131072), (4096, 16384)
+_TORCH_UP_TO = 16384
+_HEADS, _KV_HEADS, _HEAD_DIM = 32, 32, 128
+_HEADER = ["tokens", "what", "fwd ms", "bwd ms", "fwd+bwd ms", "extra GiB"]
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 # What plain PyTorch would round its features, weights and sums to, several times over.
 BUDGET = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+def run(out: Path, *, command: str, quick: bool = False) -> int:
+    """Check, measure, print a table and write it.
+
+    Args:
+        out: Folder for `PAGE`.
+        command: The command line, for the page's first line.
+        quick: `QUICK_LENGTHS` only.
+
+    Returns:
+        The exit status: 1 where a dtype is not within its budget.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    errors = {dtype: check(EluFeatures(), _HEAD_DIM, dtype) for dtype in BUDGET}
+    good = {dtype: errors[dtype] <= budget for dtype, budget in BUDGET.items()}
+    lines = [
+        f"{dtype}: relative error {errors[dtype]:.1e} against float64, allowed {BUDGET[dtype]:.1e}"
+        f"{'' if good[dtype] else ': FAILED numerics'}"
+        for dtype in BUDGET
+    ]
+    print("\n".join(lines), flush=True)
+    if not good[torch.bfloat16]:
+        print("nothing is timed: bfloat16 is not within its budget")
+        return 1
+    clock = CudaClock(device)
+    rows = [row for length in (QUICK_LENGTHS if quick else LENGTHS) for row in timed(length, clock)]
+    print(text_table(_HEADER, rows))
+    parts = [
+        f"<!-- Made by: {command} -->",
+        "# Linear attention (elu), forward and backward",
+        f"{machine_line()}\n\n{_MEANING}",
+        markdown_table(_HEADER, rows),
+        "\n".join(f"- {line}" for line in lines),
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / PAGE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(out / PAGE)
+    return 0 if all(good.values()) else 1
+
+
+def timed(length: int, clock: Clock) -> list[list[str]]:
+    """The cells of one length, a row per contender."""
+    leaves = inputs(length, _HEADS, _KV_HEADS, _HEAD_DIM, torch.bfloat16)
+    query, key, value = leaves
+    pattern, grad = Pattern(q_len=length, kv_len=length), torch.randn_like(query)
+    calls: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "linear, Triton": linear(EluFeatures(), LinearBackend.TRITON, pattern),
+        "softmax, SDPA flash": softmax,
+    }
+    if length <= _TORCH_UP_TO:
+        calls["linear, PyTorch"] = linear(EluFeatures(), LinearBackend.TORCH, pattern)
+    rows = []
+    for name, call in calls.items():
+
+        def forward(_: None, call: Callable[..., Tensor] = call) -> Tensor:
+            return call(query, key, value)
+
+        times = time_stages(
+            clock, [forward, lambda output: torch.autograd.grad(output, leaves, grad)]
+        )
+        numbers = (*times.stages_ms, times.total_ms, times.extra_bytes / 2**30)
+        rows.append([str(length), name, *(f"{number:.2f}" for number in numbers)])
+        free(query.device)
+    return rows
 
 
 def inputs(
@@ -67,36 +131,6 @@ def check(feature_map: FeatureMap, head_dim: int, dtype: torch.dtype) -> float:
     return worst
 
 
-def milliseconds(
-    call: Call, tensors: Sequence[Tensor], seconds: float = 0.3
-) -> tuple[float, float, float]:
-    """Medians of forward and backward, and the memory in GiB that both take on top of results."""
-    query, key, value = tensors
-    times: list[list[float]] = [[], []]
-    spent = 0.0
-    grad = torch.randn_like(query)
-    results = 2 * query.nbytes + key.nbytes + value.nbytes
-    extra = 0
-    while len(times[0]) < 4 or (spent < seconds * 1e3 and len(times[0]) < 30):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        marks[0].record()
-        output = call(query, key, value)
-        marks[1].record()
-        grads = torch.autograd.grad(output, (query, key, value), grad)
-        marks[2].record()
-        torch.cuda.synchronize()
-        extra = torch.cuda.max_memory_allocated() - before - results
-        for i in range(2):
-            times[i].append(marks[i].elapsed_time(marks[i + 1]))
-        spent += times[0][-1] + times[1][-1]
-        del output, grads
-    forward, backward = (statistics.median(t[1:]) for t in times)
-    return forward, backward, extra / 2**30
-
-
 def linear(feature_map: FeatureMap, backend: LinearBackend, pattern: Pattern) -> Call:
     """Linear attention by one backend."""
 
@@ -116,116 +150,8 @@ def softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         )
 
 
-def table(args: argparse.Namespace, feature_map: FeatureMap) -> None:
-    """A row per length and contender."""
-    print("| tokens | what | forward ms | backward ms | extra memory, GiB |")
-    print("|---|---|---|---|---|")
-    for length in (int(part) for part in args.lengths.split(",")):
-        tensors = inputs(length, args.heads, args.kv_heads, args.head_dim, torch.bfloat16)
-        pattern = Pattern(q_len=length, kv_len=length)
-        contenders: dict[str, Call] = {
-            "linear, Triton": linear(feature_map, LinearBackend.TRITON, pattern)
-        }
-        if length <= args.torch_up_to:
-            contenders["linear, PyTorch"] = linear(feature_map, LinearBackend.TORCH, pattern)
-        contenders["softmax, SDPA flash"] = softmax
-        for name, call in contenders.items():
-            forward, backward, extra = milliseconds(call, tensors)
-            print(
-                f"| {length} | {name} | {forward:.2f} | {backward:.2f} | {extra:.2f} |", flush=True
-            )
-
-
-# Chunk, tile, warps, stages, registers of `kernels.lay_out`.
-VARIANTS = [
-    (chunk, tile, *launch)
-    for chunk in (128, 256)
-    for tile, *launch in (
-        (64, 4, 1, None),
-        (64, 4, 1, 168),
-        (64, 4, 2, None),
-        (64, 4, 2, 168),
-        (64, 8, 1, 128),
-        (64, 8, 2, 128),
-        (128, 8, 1, None),
-    )
-]
-
-
-def tiles(args: argparse.Namespace, feature_map: FeatureMap) -> None:
-    """Triton alone with other chunks, tiles and launches than `kernels.lay_out` chooses."""
-    length = int(args.lengths.split(",")[-1])
-    chosen = range(len(VARIANTS)) if args.variant is None else [args.variant]
-    if args.variant is None:  # compile all at once, into the cache on disk
-        command = [sys.executable, *sys.argv, "--lengths", "256", "--variant"]
-        null = subprocess.DEVNULL
-        running = [subprocess.Popen([*command, str(i)], stdout=null, stderr=null) for i in chosen]
-        for process in running:
-            process.wait()
-    tensors = inputs(length, args.heads, args.kv_heads, args.head_dim, torch.bfloat16)
-    pattern = Pattern(q_len=length, kv_len=length)
-    lay_out: Any = kernels.lay_out
-    print("| chunk, tile, warps, stages, registers | forward ms | backward ms | kernels ms |")
-    print("|---|---|---|---|")
-    for chunk, tile, warps, stages, registers in (VARIANTS[i] for i in chosen):
-        options = {"tile": tile, "warps": warps, "stages": stages, "registers": registers}
-
-        def other(*sizes: Any, chunk: int = chunk, options: Any = options) -> Any:
-            return lay_out(*sizes[:6], chunk, **options)
-
-        with mock.patch.object(kernels, "lay_out", other):
-            call = linear(feature_map, LinearBackend.TRITON, pattern)
-            name = f"{chunk}, {tile}, {warps}, {stages}, {registers}"
-            try:
-                forward, backward, _ = milliseconds(call, tensors, seconds=0.1)
-                each = by_kernel(call, tensors)
-            except Exception as error:  # a tile that does not fit is a row of the table
-                print(f"| {name} | {type(error).__name__}: {str(error)[:80]} |")
-                continue
-        print(f"| {name} | {forward:.2f} | {backward:.2f} | {each} |", flush=True)
-
-
-def by_kernel(call: Call, tensors: Sequence[Tensor]) -> str:
-    """Milliseconds of each kernel in one forward and backward."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        output = call(*tensors)
-        torch.autograd.grad(output, tensors, output)
-        torch.cuda.synchronize()
-    rows = [e for e in profile.key_averages() if e.device_time_total > 100]
-    return ", ".join(f"{e.key[:28]} {e.device_time_total / 1e3:.2f}" for e in rows)
-
-
-def main() -> None:
-    """Check, then print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--lengths", default="4096,16384,32768,65536,131072")
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=32)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--num-features", type=int, help="favor with so many, in place of elu")
-    parser.add_argument("--torch-up-to", type=int, default=16384)
-    parser.add_argument("--tiles", action="store_true", help="try chunks, tiles and launches")
-    parser.add_argument("--variant", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("needs a GPU")
-    feature_map: FeatureMap = (
-        EluFeatures() if args.num_features is None else FavorFeatures(args.num_features)
-    )
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {feature_map}, bfloat16,")
-    print(f"{args.heads}/{args.kv_heads} heads of {args.head_dim}, causal, batch 1")
-    failed = []
-    for dtype, budget in ({} if args.tiles else BUDGET).items():
-        error = check(feature_map, args.head_dim, dtype)
-        print(f"{dtype}: relative error {error:.1e} against float64 (budget {budget:.1e})")
-        if not error <= budget:
-            failed.append(dtype)
-    if torch.bfloat16 in failed:
-        raise SystemExit("refused: bfloat16 is not within its budget, so nothing is timed")
-    (tiles if args.tiles else table)(args, feature_map)
-    if failed:
-        raise SystemExit(f"not within budget: {failed}")
-
-
-if __name__ == "__main__":
-    main()
+_MEANING = (
+    f"Batch 1, {_HEADS} heads of {_HEAD_DIM}, bfloat16, causal, random inputs, medians of CUDA "
+    "events with the L2 cache cleared. Extra memory is above the inputs: output, gradients and "
+    "what the kernels need besides."
+)

@@ -14,7 +14,7 @@ import torch
 from hf_attn_plugin.patterns import Pattern
 
 from .cases import Case, count_pairs
-from .contenders import Contender
+from .contenders import Contender, bench_hash
 from .numerics import Attention, Gate, Inputs, Verdict, sample_rows
 from .report import CANNOT, ERROR, MISSING, OK, WRONG, Results, Row, machine, row_key
 from .timing import Clock, Times, time_limit, time_stages
@@ -64,8 +64,12 @@ class Bench:
     def stamp(self, contender: Contender) -> str:
         """What a contender's numbers hold for."""
         about = machine()
-        device = ", ".join([about["device"], f"torch {about['torch']}"])
-        return f"{device}, triton {about.get('triton', 'none')}, {contender.version()}"
+        parts = [
+            about["device"],
+            f"torch {about['torch']}",
+            f"triton {about.get('triton', 'none')}",
+        ]
+        return ", ".join([*parts, f"bench {bench_hash()}", contender.version()])
 
 
 @dataclasses.dataclass

@@ -18,8 +18,19 @@ OTHERS = {
     "compile": "compile_tax",
     "model": "in_model",
     "decode": "decoding",
-    "linear": "linear_table",
+    "linear": "linear",
 }
+# Options that not all of them take, and who does; "table" is the comparison of cases.
+_TAKEN_BY = {
+    "peers": ("table", "compile", "model"),
+    "quick": ("table", "model", "decode", "linear"),
+    "fresh": ("table", "model"),
+    "no_figures": ("table",),
+    "peer_timeout": ("table", "model"),
+    "tokens": ("model",),
+    "layers": ("model",),
+}
+_PEER_TIMEOUT = 240.0
 _PACKAGE = "hf_attn_plugin.eval_speed"
 
 
@@ -55,9 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer-timeout",
         type=float,
-        default=240.0,
         metavar="SECONDS",
-        help="most time to a contender's first results, compilation included (default: 240)",
+        help="most time to a contender's first results, compilation included "
+        f"(default: {_PEER_TIMEOUT:.0f})",
     )
     model = parser.add_argument_group("for hf-attn bench model")
     model.add_argument("--tokens", type=int, metavar="N", help="tokens of the step (default 65536)")
@@ -70,8 +81,7 @@ def run(args: argparse.Namespace) -> int:
     what = args.cases[0] if args.cases else None
     if what in {*OTHERS, "draw"} and len(args.cases) > 1:
         raise ValueError(f"hf-attn bench {what} takes no cases; got {' '.join(args.cases[1:])}.")
-    if what != "model" and (args.tokens is not None or args.layers is not None):
-        raise ValueError("--tokens and --layers are for hf-attn bench model.")
+    _check_options(what if what in {*OTHERS, "draw"} else "table", args)
     for name in ("tokens", "layers", "peer_timeout"):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -95,33 +105,47 @@ def run(args: argparse.Namespace) -> int:
         command=command_line(sys.argv[1:]),
         fresh=args.fresh,
         figures=not (args.no_figures or args.quick or args.cases),
-        peer_timeout=args.peer_timeout,
+        peer_timeout=args.peer_timeout or _PEER_TIMEOUT,
         say=_say,
     )
 
 
+def _check_options(what: str, args: argparse.Namespace) -> None:
+    """Options that would be ignored are refused."""
+    for name, takers in _TAKEN_BY.items():
+        if getattr(args, name) in (None, False) or what in takers:
+            continue
+        commands = ["hf-attn bench" if t == "table" else f"hf-attn bench {t}" for t in takers]
+        asked = "bench with cases" if what == "table" else f"bench {what}"
+        raise ValueError(
+            f"--{name.replace('_', '-')} is for {', '.join(commands)}; hf-attn {asked} has no use "
+            "for it."
+        )
+
+
 def _run_other(what: str, args: argparse.Namespace) -> int:
-    _check_gpu()
     module = speed_module(OTHERS[what])
+    if args.peers is not None:
+        module.check_peers(args.peers)
+    _check_gpu()
+    command = command_line(sys.argv[1:])
     if what == "compile":
         if args.worker is not None:
             return module.work(args.worker)
-        return module.run(
-            args.out, command=command_line(sys.argv[1:]), peers=args.peers or [], say=_say
-        )
+        return module.run(args.out, command=command, peers=args.peers or [], say=_say)
     if what == "model":
         return module.run(
             args.out,
-            command=command_line(sys.argv[1:]),
+            command=command,
             layers=args.layers,
             tokens=args.tokens,
             attentions=args.peers,
             quick=args.quick,
             fresh=args.fresh,
-            peer_timeout=args.peer_timeout,
+            peer_timeout=args.peer_timeout or _PEER_TIMEOUT,
             say=_say,
         )
-    return module.run(args.out, quick=args.quick, fresh=args.fresh)
+    return module.run(args.out, command=command, quick=args.quick)
 
 
 def speed_module(name: str) -> ModuleType:

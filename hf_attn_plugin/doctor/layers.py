@@ -23,8 +23,10 @@ from hf_attn_plugin.integrations.attention_calls import InterfaceCall, intercept
 from hf_attn_plugin.methods import METHODS
 from hf_attn_plugin.ops.backend import choose_backend
 from hf_attn_plugin.ops.call import Call
+from hf_attn_plugin.ops.linear_backend import LinearCall, choose_linear_backend
 from hf_attn_plugin.patterns import Pattern, PatternMask
 
+_SLOW = "; may be slower than a kernel by an order of magnitude"
 # Arguments by which methods refuse a call, besides sinks.
 _TELLING = ("softcap", "position_bias", "indices", "block_indices", "is_causal", "sliding_window")
 
@@ -219,11 +221,14 @@ class LayerBackend:
     Attributes:
         layers: Their numbers, as in ``"0-3,5"``, or how many there are.
         kind: What they are like.
-        prefill: What computes the prompt, and training.
+        prefill: What computes the prompt.
         prefill_reason: Why it is that.
+        training: What computes it where gradients are wanted.
+        training_reason: Why it is that.
         decoding: What computes a step with one new token; None in encoders.
         decoding_reason: Why it is that.
         prefill_passed_over: Faster backends that were not taken, each with the reason.
+        training_passed_over: The same of training.
         decoding_passed_over: The same of the step.
     """
 
@@ -231,9 +236,12 @@ class LayerBackend:
     kind: str
     prefill: str
     prefill_reason: str
+    training: str
+    training_reason: str
     decoding: str | None
     decoding_reason: str | None
     prefill_passed_over: tuple[str, ...] = ()
+    training_passed_over: tuple[str, ...] = ()
     decoding_passed_over: tuple[str, ...] = ()
 
 
@@ -256,7 +264,9 @@ def layer_backends(
     found = []
     for kind, members in groups.items():
         layer = members[0]
-        prefill = _prefill(layer, attn, dtype, target)
+        prefill, training = (
+            _prompt(layer, attn, dtype, target, needs_grad) for needs_grad in (False, True)
+        )
         causal = layer.pattern.causal or layer.pattern.dense is not None
         decoding = _decoding(layer, attn, dtype, target) if causal else None
         found.append(
@@ -265,21 +275,41 @@ def layer_backends(
                 kind=kind,
                 prefill=prefill.backend,
                 prefill_reason=prefill.reason,
+                training=training.backend,
+                training_reason=training.reason,
                 decoding=decoding.backend if decoding else None,
                 decoding_reason=decoding.reason if decoding else None,
                 prefill_passed_over=prefill.passed_over,
+                training_passed_over=training.passed_over,
                 decoding_passed_over=decoding.passed_over if decoding else (),
             )
         )
     return found
 
 
-def _prefill(layer: Layer, attn: str, dtype: torch.dtype, target: Target) -> _Found:
+def _prompt(
+    layer: Layer, attn: str, dtype: torch.dtype, target: Target, needs_grad: bool
+) -> _Found:
     if attn not in METHODS:
         return _Found(f"transformers' {attn}", "not one of this package's methods")
     if attn == "linear":
-        return _Found("linear attention in chunks", "approximates softmax, O(N) tokens")
-    return _chosen(layer, _sparse(layer, attn), dtype, target, needs_grad=True)
+        return _linear(layer, dtype, target)
+    return _chosen(layer, _sparse(layer, attn), dtype, target, needs_grad)
+
+
+def _linear(layer: Layer, dtype: torch.dtype, target: Target) -> _Found:
+    choice = choose_linear_backend(
+        LinearCall(
+            dtype=dtype,
+            device_type=target.type,
+            capability=target.capability,
+            installed=target.installed,
+            head_dim=layer.head_dim,
+            value_dim=layer.value_dim,
+        )
+    )
+    reason = choice.reason + (_SLOW if choice.falls_back else "")
+    return _Found(f"linear attention: {choice.backend.value}", reason)
 
 
 def _decoding(layer: Layer, attn: str, dtype: torch.dtype, target: Target) -> _Found:
@@ -325,7 +355,8 @@ def _chosen(
     )
     choice = choose_backend(pattern, call)
     passed_over = tuple(map(str, choice.passed_over))
-    return _Found(choice.backend.value, choice.reason, passed_over)
+    reason = choice.reason + ("" if choice.warning is None else _SLOW)
+    return _Found(choice.backend.value, reason, passed_over)
 
 
 def _sparse(layer: Layer, attn: str, pattern: Pattern | None = None) -> Pattern:

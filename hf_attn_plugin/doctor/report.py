@@ -59,8 +59,15 @@ class ModelReport:
             return "\n".join([*lines, f"  {self.problem}"])
         for found in self.backends:
             lines.append(f"  layers {found.layers}: {found.kind}")
-            lines.append(f"    prefill, training: {found.prefill} ({found.prefill_reason})")
-            lines += [f"      not {reason}" for reason in found.prefill_passed_over]
+            prefill = f"{found.prefill} ({found.prefill_reason})"
+            training = f"{found.training} ({found.training_reason})"
+            reasons = [f"      not {reason}" for reason in found.prefill_passed_over]
+            more = [f"      not {reason}" for reason in found.training_passed_over]
+            if (prefill, reasons) == (training, more):
+                lines += [f"    prefill, training: {prefill}", *reasons]
+            else:
+                lines += [f"    prefill: {prefill}", *reasons]
+                lines += [f"    training: {training}", *more]
             if found.decoding is not None:
                 lines.append(f"    decoding: {found.decoding} ({found.decoding_reason})")
                 lines += [f"      not {reason}" for reason in found.decoding_passed_over]

@@ -21,6 +21,8 @@ from hf_attn_plugin.integrations.wrapping import unwrap, wrap
 _IS_FLASH = "is_flash_attention_requested"
 _CHECK = "_check_and_adjust_attn_implementation"
 _SET = "set_attn_implementation"
+_NOT_SO_CAUSAL = frozenset({"modeling_bridgetower"})
+"""Modeling files with layers that call themselves causal and attend both ways, without a mask."""
 
 
 def install(names: frozenset[str]) -> None:
@@ -100,6 +102,12 @@ def refuse_bypassing(model_class: Any, name: str) -> None:
     any, so nothing that was asked for would happen. Backbones without attention (convolutions in
     front of a transformer) are let be: a name given to the whole is not about them.
     """
+    if model_class.__module__.rpartition(".")[2] in _NOT_SO_CAUSAL:
+        raise ValueError(
+            f"{model_class.__name__} joins text and image in layers that call themselves causal "
+            f"and attend in both directions, so {name!r} would compute something else in them. Use "
+            "attn_implementation='eager' for this model."
+        )
     if not uses_interface(model_class):
         raise ValueError(
             f"{model_class.__name__} computes attention by itself and ignores attn_implementation, "

@@ -103,7 +103,7 @@ def pattern_mask(
             kv_offset=kv_offset,
             key_valid=key_valid,
             kv_ranks=kv_ranks,
-            q_documents=None if told is None else told[:, :q_length],
+            q_documents=None if told is None else _of_queries(told, q_length, q_offset),
             kv_documents=told,
             dense=dense(),
         )
@@ -164,6 +164,13 @@ def _padding(
     if not torch.compiler.is_compiling() and bool(valid.all()):
         return None, ranks
     return valid, ranks
+
+
+def _of_queries(documents: Tensor, q_length: int, q_offset: int | Tensor) -> Tensor:
+    """The queries' part of the numbers of all keys; under torch.compile they may be anywhere."""
+    if not torch.compiler.is_compiling():
+        return documents[:, :q_length]
+    return documents[:, torch.arange(q_length, device=documents.device) + q_offset]
 
 
 def _documents(

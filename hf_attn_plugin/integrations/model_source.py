@@ -20,12 +20,16 @@ _PICKED_BY_NAME = re.compile(r"_CLASSES\[\s*(?:\w+\.)?_?attn_implementation\s*\]
 _FROM_FAMILY = re.compile(r"^from \.\.\w+\.modeling_\w+ import (\([^)]*\)|.*)$", re.MULTILINE)
 _OWN_ATTENTION = re.compile(r"^class \w*Attention\w*\(nn\.Module\):", re.MULTILINE)
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
+_LAYER = re.compile(r"past_key_value|position_embeddings|rotary")
 _ATTENTION_CODE = re.compile(r"softmax|scaled_dot_product|MultiheadAttention|get_interface\(")
 
 
 @functools.cache
 def uses_interface(model_class: Any) -> bool:
     """Whether the attention of a model class goes through the interface."""
+    elsewhere = _library_models(model_class)
+    if elsewhere and not any(map(_is_layer, _sources(model_class).values())):
+        return any(uses_interface(part) for part in elsewhere)
     if not model_class._can_set_attn_implementation():
         return False
     # Its base class names all models of the file, and builds none of them.
@@ -40,6 +44,8 @@ def uses_interface(model_class: Any) -> bool:
 @functools.cache
 def holds_attention(model_class: Any) -> bool:
     """Whether a model class attends, or builds models of other families, which may."""
+    if any(holds_attention(part) for part in _library_models(model_class)):
+        return True
     sources = _sources(model_class)
     if not sources or any(_ATTENTION_CLASS.search(name) for name in sources):
         return True
@@ -55,6 +61,36 @@ def is_language_model_without_attention(model_class: Any) -> bool:
     if config is None or not _reads_tokens(config) or getattr(config, "sub_configs", None):
         return False
     return not holds_attention(model_class)
+
+
+def _library_models(model_class: Any) -> list[Any]:
+    """Transformers' own models that a class from elsewhere extends, or names in its source.
+
+    Each is judged by itself. None for a class of transformers, whose file is read as it is.
+    """
+    from transformers import PreTrainedModel
+
+    if _is_library(model_class):
+        return []
+    named = list(model_class.__mro__[1:])
+    own = sys.modules.get(model_class.__module__)
+    for source in _sources(model_class).values():
+        named += [getattr(own, name, None) for name in set(re.findall(r"\b[A-Z]\w*", source))]
+    models = [cls for cls in named if inspect.isclass(cls) and issubclass(cls, PreTrainedModel)]
+    # A family's base class names all models of its file, and is none of them.
+    models = [
+        cls for cls in models if _is_library(cls) and not cls.__name__.endswith("PreTrainedModel")
+    ]
+    return list(dict.fromkeys(models))
+
+
+def _is_layer(source: str) -> bool:
+    """Whether this is an attention layer of a model, and no pooling that is called attention."""
+    return bool(_OWN_ATTENTION.search(source)) and bool(_LAYER.search(source))
+
+
+def _is_library(cls: Any) -> bool:
+    return str(cls.__module__).startswith("transformers.")
 
 
 def _reads_tokens(config_class: Any) -> bool:

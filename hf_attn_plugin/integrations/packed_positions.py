@@ -17,11 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_plugin.integrations.forward_positions import positions_on, put_documents_on
+from hf_attn_plugin.integrations.forward_positions import put_documents_on, told_positions
 from hf_attn_plugin.integrations.wrapping import ORIGINAL as _MARK  # noqa: F401  a test reads it
 from hf_attn_plugin.integrations.wrapping import unwrap, wrap
 from hf_attn_plugin.patterns import PatternMask
-from hf_attn_plugin.patterns.documents import restarts
+from hf_attn_plugin.patterns.documents import (
+    CONTINUED,
+    begin_again,
+    number_in_cache,
+    restarts,
+)
 
 _FUNCTION = "_preprocess_mask_arguments"
 
@@ -80,15 +85,18 @@ def _separating(original: Callable[..., Any], names: frozenset[str]) -> Callable
             return found
         if isinstance(attention_mask, PatternMask):  # made before, with the documents in it
             return found
-        positions = positions_on(attention_mask) if position_ids is None else position_ids
-        if not torch.compiler.is_compiling():
+        positions = told_positions(attention_mask, position_ids)
+        if torch.compiler.is_compiling():
+            told = _unseen(positions, valid, q_length, kv_length, q_offset, kv_offset)
+            documents = documents if told is None else told
+        else:
             documents = _documents(positions, valid, q_length, kv_length, q_offset, kv_offset)
-        elif positions is not None and positions.shape[-1] == q_length == kv_length > 1:
-            real = valid.bool() if isinstance(valid, Tensor) and valid.ndim == 2 else None
-            documents = restarts(positions, real).to(torch.int64).cumsum(1)
         if documents is not None:  # transformers looks them up by batch row
             documents = documents.expand(inputs_embeds.shape[0], -1)
-            if position_ids is None:
+            in_cache = torch.compiler.is_compiling() and q_length != kv_length
+            if valid is None and in_cache:
+                valid = documents.new_ones(documents.shape, dtype=torch.bool)
+            if position_ids is None or in_cache:
                 valid, documents = put_documents_on(valid, documents), None
         return ready, valid, documents, q_length, kv_length, q_offset, kv_offset
 
@@ -109,22 +117,48 @@ def _documents(
         return None
     if q_length < 2:
         return None
+    real = None
     if isinstance(valid, Tensor) and valid.ndim == 2:
         start = int(q_offset)
-        valid = valid[:, start : start + q_length].bool()
+        real = valid.bool()
+        valid = real[:, start : start + q_length]
         if valid.shape[1] != q_length:
             return None
     else:
         valid = None
     starts = restarts(positions, valid)
+    past = int(q_offset)
+    if past > 0:
+        cached = positions.new_ones(1).bool() if real is None else real[:, :past].any(1)
+        if bool(starts.any()) or bool(begin_again(positions, valid, cached).any()):
+            raise ValueError(CONTINUED)
     if not bool(starts.any()):
         return None
-    if int(q_offset) > 0 or kv_offset > 0:
-        raise ValueError(
-            "position_ids start again inside the new tokens while earlier ones are cached: packed "
-            "documents cannot be continued from a cache. Pass each document as a batch row of its "
-            "own."
-        )
+    if kv_offset > 0:
+        raise ValueError(CONTINUED)
     # The slots of a static cache that nothing was written to belong to no document.
     documents = starts.to(torch.int64).cumsum(1)
     return torch.nn.functional.pad(documents, (0, kv_length - q_length), value=q_length)
+
+
+def _unseen(
+    positions: Tensor | None,
+    valid: Any,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int | Tensor,
+) -> Tensor | None:
+    """`_documents` where no value may be looked at: what restarts over a cache is not refused.
+
+    A window's cache that rolls has no slot per token, and its documents are not told.
+    """
+    if positions is None or positions.shape[-1] != q_length or q_length < 2:
+        return None
+    if not isinstance(kv_offset, int) or kv_offset != 0:
+        return None
+    real = valid.bool() if isinstance(valid, Tensor) and valid.ndim == 2 else None
+    if real is not None:
+        index = torch.arange(q_length, device=real.device) + q_offset
+        real = real[:, index.clamp(max=real.shape[1] - 1)]
+    return number_in_cache(restarts(positions, real), q_offset, kv_length)

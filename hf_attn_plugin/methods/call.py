@@ -9,17 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_attn_plugin.compat import (
-    attention_weights_wanted,
-    recurrent_layers,
-    update_paged_cache,
-)
+from hf_attn_plugin.compat import attention_weights_wanted, update_paged_cache
 from hf_attn_plugin.config import ConfigT, parameters_of
 from hf_attn_plugin.methods.counting import is_counted, record
+from hf_attn_plugin.methods.packing import refuse_packed_states, with_lengths, with_restarts
 from hf_attn_plugin.ops import attention
 from hf_attn_plugin.ops.reads import nbytes
 from hf_attn_plugin.patterns import Pattern, PatternMask
-from hf_attn_plugin.patterns.documents import restarts
 
 T = TypeVar("T")
 
@@ -309,13 +305,15 @@ def _pattern(
                 f"one batch row; got a batch of {query.shape[0]}. Pass position_ids that start "
                 "again at every document instead."
             )
+        if "cache" not in extra and lengths_q.shape[0] > 2:
+            refuse_packed_states(method, module, extra)
         own_mask = isinstance(mask, Tensor) and mask.ndim == 4
         chunk = None if own_mask else chunk_size(module)
         return once(
             pattern,
             ("cu_seq_lens", chunk),
             (lengths_q, lengths_k),
-            lambda: _with_lengths(pattern, lengths_q, lengths_k, chunk, "cache" not in extra),
+            lambda: with_lengths(pattern, lengths_q, lengths_k, chunk, "cache" not in extra),
         )
     positions = extra.get("position_ids")
     if isinstance(mask, Tensor) and mask.ndim == 4:  # the caller's own, and the whole truth
@@ -326,30 +324,13 @@ def _pattern(
             pattern,
             ("position_ids", one_way),
             (positions,),
-            lambda: _with_restarts(pattern, positions) if one_way else None,
+            lambda: with_restarts(pattern, positions) if one_way else None,
         )
         pattern = pattern if made is None else made
-    if pattern.q_documents is not None:
-        _refuse_packed_states(method, module, extra)
+    unknown = torch.compiler.is_compiling() and kv_len != q_len  # a prefill in chunks, as a rule
+    if pattern.q_documents is not None and not unknown:
+        refuse_packed_states(method, module, extra)
     return pattern
-
-
-def _refuse_packed_states(method: str, module: nn.Module, extra: dict[str, Any]) -> None:
-    """Attention tells packed documents by their positions; recurrent layers beside it do not.
-
-    They read ``cu_seq_lens_*`` or ``seq_idx``, where transformers can keep their states apart at
-    all, and it says so itself where it cannot.
-    """
-    if extra.get("seq_idx") is not None:
-        return
-    kinds = recurrent_layers(getattr(module, "config", None))
-    if kinds:
-        raise ValueError(
-            f"attn_implementation={method!r} keeps packed documents apart, but this model also has "
-            f"{' and '.join(map(repr, kinds))} layers, whose state runs on from one document into "
-            "the next: position_ids do not tell them. Pass each document as a batch row of its "
-            "own, or cu_seq_lens_q and cu_seq_lens_k where the model takes them."
-        )
 
 
 def _pattern_of_tensor(
@@ -409,88 +390,3 @@ def _as_bool(method: str, mask: Tensor) -> Tensor:
             "attention mask holds values other than 0 and large negative ones. Use 'sdpa'."
         )
     return keep
-
-
-def _with_restarts(pattern: Pattern, positions: Tensor) -> Pattern | None:
-    """Packed documents, told by position_ids that start again; None where nothing changes.
-
-    Transformers' own masks miss them whenever a cache is made too or a mask is passed; such
-    documents would then attend to each other. (None and not the pattern: it is kept with the
-    pattern, and a pattern that holds itself would wait for the garbage collector.)
-    """
-    if pattern.q_documents is not None or pattern.q_len < 2:
-        return None
-    compiling = torch.compiler.is_compiling()  # then no value may be looked at
-    valid = pattern.key_valid
-    empty = pattern.kv_len - pattern.q_len
-    if empty:
-        if compiling:
-            return None
-        start = pattern.first_query - pattern.kv_offset
-        valid = None if valid is None else valid[:, start : start + pattern.q_len]
-    starts = restarts(positions, valid)
-    if not compiling and not bool(starts.any()):
-        return None
-    documents = kv_documents = starts.to(torch.int64).cumsum(1)
-    if empty:
-        if start > 0:
-            raise ValueError(
-                "position_ids start again inside the new tokens while earlier ones are cached: "
-                "packed documents cannot be continued from a cache. Pass each document as a batch "
-                "row of its own."
-            )
-        # The slots of a static cache that nothing was written to belong to no document.
-        kv_documents = torch.nn.functional.pad(documents, (0, empty), value=pattern.q_len)
-    return pattern.replace(q_documents=documents, kv_documents=kv_documents)
-
-
-def _with_lengths(
-    pattern: Pattern, lengths_q: Tensor, lengths_k: Tensor, chunk: int | None, exact: bool
-) -> Pattern:
-    """Sequences laid out one after another, told by cumulative lengths (one batch row).
-
-    ``chunk`` is the layer's own, which starts anew in every sequence. ``exact`` says that the
-    lengths cover all tokens; paged caches pad theirs.
-    """
-    if exact and not torch.compiler.is_compiling():
-        for name, lengths, total in (
-            ("q", lengths_q, pattern.q_len),
-            ("k", lengths_k, pattern.kv_len),
-        ):
-            if (
-                int(lengths[0]) != 0
-                or int(lengths[-1]) != total
-                or bool((lengths.diff() < 0).any())
-            ):
-                raise ValueError(
-                    f"cu_seq_lens_{name} must ascend from 0 to the {total} tokens of the call; "
-                    f"got {lengths.tolist()}."
-                )
-    q_documents = _document_of(lengths_q, pattern.q_len)
-    kv_documents = _document_of(lengths_k, pattern.kv_len)
-    same = lengths_q.shape == lengths_k.shape and torch.equal(lengths_q, lengths_k)
-    if same and chunk is None:
-        return pattern.replace(q_documents=q_documents, kv_documents=kv_documents)
-    # Queries are the last tokens of their sequences: number both from each sequence's start.
-    starts_q, starts_k = lengths_q.long(), lengths_k.long()
-    lead = (starts_k[1:] - starts_k[:-1]) - (starts_q[1:] - starts_q[:-1])
-    last = len(lead) - 1
-    q_doc, kv_doc = q_documents[0].clamp(max=last), kv_documents[0].clamp(max=last)
-    q_index = torch.arange(pattern.q_len, device=q_doc.device)
-    kv_index = torch.arange(pattern.kv_len, device=kv_doc.device)
-    q_positions = (q_index - starts_q[q_doc] + lead[q_doc])[None]
-    kv_positions = (kv_index - starts_k[kv_doc])[None]
-    numbered: dict[str, Tensor] = {}
-    if not same:
-        numbered = {"q_positions": q_positions, "kv_positions": kv_positions}
-    if chunk is not None:  # a chunk is no document: it has no first tokens of its own
-        q_documents = q_documents * pattern.kv_len + q_positions // chunk
-        kv_documents = kv_documents * pattern.kv_len + kv_positions // chunk
-        numbered["kv_ranks"] = kv_positions
-    return pattern.replace(q_documents=q_documents, kv_documents=kv_documents, **numbered)
-
-
-def _document_of(lengths: Tensor, total: int) -> Tensor:
-    """int64 ``[1, total]``: which of the sequences each token belongs to."""
-    index = torch.arange(total, device=lengths.device)
-    return torch.searchsorted(lengths[1:].long().contiguous(), index, right=True)[None]

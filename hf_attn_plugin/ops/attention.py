@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_attn_plugin.ops.backend import (
@@ -24,6 +23,7 @@ from hf_attn_plugin.ops.reference import reference_attention
 from hf_attn_plugin.ops.torch.blocked import blocked_attention
 from hf_attn_plugin.ops.vendors.cudnn import cudnn_attention
 from hf_attn_plugin.ops.vendors.flash_attention_4 import flash_attention_4
+from hf_attn_plugin.ops.vendors.sdpa import sdpa_attention
 from hf_attn_plugin.patterns import Pattern
 
 _INSTALLED = installed_packages()
@@ -156,7 +156,7 @@ def _attention(
         causal = backend is Backend.CUDNN_CAUSAL
         return cudnn_attention(query, key, value, causal=causal, scaling=scale), None
     if backend in _SDPA:
-        return _sdpa(query, key, value, pattern, scale, backend), None
+        return _sdpa(query, key, value, pattern, scale, choice), None
     output, lse = _GENERAL[backend](
         query, key, value, pattern, scaling=scale, softcap=softcap, sinks=sinks
     )
@@ -199,24 +199,18 @@ _warn_once.__dict__["_dynamo_marked_constant"] = True
 
 
 def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, scaling: float, backend: Backend
+    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, scaling: float, choice: Choice
 ) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
-    if backend is not Backend.SDPA_MASK:
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=backend is Backend.SDPA_CAUSAL,
-            scale=scaling,
-            enable_gqa=grouped,
+    repeat = choice.repeats_heads
+    if choice.backend is not Backend.SDPA_MASK:
+        causal = choice.backend is Backend.SDPA_CAUSAL
+        return sdpa_attention(
+            query, key, value, scaling=scaling, causal=causal, repeat_heads=repeat
         )
     mask, empty = pattern.derive(
         ("sdpa mask", str(query.device)), lambda: _dense_mask(pattern, query)
     )
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped
-    )
+    output = sdpa_attention(query, key, value, scaling=scaling, mask=mask, repeat_heads=repeat)
     return output if empty is None else output.masked_fill(empty, 0.0)
 
 

@@ -12,7 +12,7 @@ import torch
 from hf_attn_plugin.ops.call import Call
 from hf_attn_plugin.ops.triton.support import refuses as triton_refuses
 from hf_attn_plugin.ops.triton.support_decode import MAX_QUERIES, decode_refuses
-from hf_attn_plugin.ops.vendors import cudnn, flash_attention_4
+from hf_attn_plugin.ops.vendors import cudnn, flash_attention_4, sdpa
 from hf_attn_plugin.ops.vendors.built_in import BuiltIn, built_in
 from hf_attn_plugin.patterns import Pattern
 
@@ -53,6 +53,9 @@ class Backend(enum.Enum):
     DENSE = "dense and traceable"
 
 
+_SDPA = (Backend.SDPA_CAUSAL, Backend.SDPA_FULL, Backend.SDPA_MASK)
+
+
 @dataclasses.dataclass(frozen=True)
 class PassedOver:
     """A faster backend that was not taken, and why not."""
@@ -73,12 +76,14 @@ class Choice:
         reason: Why it is this one.
         passed_over: The faster ones, fastest first.
         warning: What to warn of: the call is slower by an order than a kernel would be. Or None.
+        repeats_heads: Whether SDPA gets keys and values of its own for every query head.
     """
 
     backend: Backend
     reason: str
     passed_over: tuple[PassedOver, ...] = ()
     warning: str | None = None
+    repeats_heads: bool = False
 
 
 def installed_packages() -> frozenset[str]:
@@ -116,7 +121,10 @@ def choose_backend(pattern: Pattern, call: Call) -> Choice:
         if refusal is None:
             reason = _reason(backend, pattern, call)
             warning = _warning(backend, pattern, call, passed_over)
-            return Choice(backend, reason, tuple(passed_over), warning)
+            repeats = backend in _SDPA and _repeats_heads(backend, call)
+            if repeats:
+                reason += "; keys and values are repeated, its kernel knows no groups of heads"
+            return Choice(backend, reason, tuple(passed_over), warning, repeats)
         passed_over.append(PassedOver(backend, refusal))
     raise AssertionError("the last one takes every call")
 
@@ -128,7 +136,8 @@ def _order(pattern: Pattern, call: Call) -> Iterator[Backend]:
     """
     gpu = call.device_type == "cuda"
     decoding = gpu and pattern.q_len <= MAX_QUERIES and not call.needs_grad
-    if decoding and (pattern.tensors() or call.elements(pattern) > _SHORT_CACHE):
+    large = call.elements(pattern) > _SHORT_CACHE or _repeats_heads(Backend.SDPA_FULL, call)
+    if decoding and (pattern.tensors() or large):
         yield Backend.TRITON_DECODE  # first, since it needs no value of an offset that is a tensor
     terms = _terms(pattern, call)
     causal = pattern.causal if isinstance(terms, str) else terms.causal
@@ -138,7 +147,7 @@ def _order(pattern: Pattern, call: Call) -> Iterator[Backend]:
     if decoding:
         yield from [*sdpa, Backend.TRITON_DECODE]
     if gpu:
-        # Where heads are grouped, SDPA with a mask writes all scores out.
+        # Of a batch with many heads, a mask costs more than a schedule: every pair is computed.
         few = call.pairs(pattern) < _FEW_PAIRS
         masked = few and pattern.q_len * pattern.kv_len <= _FEW_MASKED
         triton = [*mask, Backend.TRITON] if masked else [Backend.TRITON]
@@ -177,11 +186,11 @@ def _refuses(backend: Backend, pattern: Pattern, call: Call) -> str | None:
     if backend is Backend.SDPA_CAUSAL and pattern.q_len != pattern.kv_len:
         return "its causal mask starts at the first key, whatever the number of queries"
     if backend in (Backend.SDPA_CAUSAL, Backend.SDPA_FULL):
-        return _sdpa_lacks(pattern, call)
+        return _sdpa_lacks(backend, pattern, call)
     if backend is Backend.SDPA_MASK:
         pairs = pattern.q_len * pattern.kv_len * (call.batch if pattern.tensors() else 1)
         large = f"{pairs} pairs make a large mask" if pairs > _MAX_DENSE_PAIRS else None
-        return _sdpa_lacks(pattern, call) or large
+        return _sdpa_lacks(backend, pattern, call) or large
     return None
 
 
@@ -195,7 +204,7 @@ def _reason(backend: Backend, pattern: Pattern, call: Call) -> str:
     if backend is Backend.SDPA_MASK:
         return f"{pattern.q_len * pattern.kv_len} pairs are few enough for a mask"
     if backend is Backend.BLOCKED:
-        return _sdpa_lacks(pattern, call) or _VISITS
+        return _sdpa_lacks(Backend.SDPA_FULL, pattern, call) or _VISITS
     if backend is Backend.DENSE:
         return "torch.compile is tracing, which the schedule cannot follow"
     return _in_words(terms, pattern)
@@ -212,25 +221,24 @@ def _in_words(mask: BuiltIn | str, pattern: Pattern) -> str:
     return "plain causal attention" if words == ["causal"] else ", ".join(words)
 
 
-def _sdpa_lacks(pattern: Pattern, call: Call) -> str | None:
+def _sdpa_lacks(backend: Backend, pattern: Pattern, call: Call) -> str | None:
     if call.softcap:
         return "SDPA has no softcap"
     if call.sinks:
         return "SDPA has no attention sinks"
     if call.need_lse:
         return "SDPA does not return the log-sum-exp"
-    grouped = call.device_type == "cuda" and call.heads != call.kv_heads
-    if grouped and call.pairs(pattern) >= _FEW_PAIRS:
-        # Its kernels on GPUs for other dtypes and wider heads know no groups of heads.
-        if call.dtype not in (torch.float16, torch.bfloat16):
-            return f"SDPA writes all scores of grouped heads out in {call.dtype}"
-        if max(call.head_dim, call.value_dim) > 256:
-            return "SDPA writes all scores of grouped heads out beyond a head_dim of 256"
+    if call.pairs(pattern) >= _FEW_PAIRS:
+        return sdpa.writes_scores(call, masked=backend is Backend.SDPA_MASK)
     return None
 
 
+def _repeats_heads(backend: Backend, call: Call) -> bool:
+    return sdpa.repeats_heads(call, masked=backend is Backend.SDPA_MASK)
+
+
 def _triton_beats_sdpa(pattern: Pattern, call: Call) -> bool:
-    """Whether SDPA without cuDNN is slower: FlashAttention-2, or none that takes such heads.
+    """Whether SDPA without cuDNN is slower: FlashAttention-2, or keys and values repeated for it.
 
     Plain causal at 16,384 tokens, 32/8 heads of 128: 20.2 ms, FlashAttention-2 23.7; with heads of
     256 at 8,192 tokens it is the other way round (10.6 and 7.6).
@@ -238,7 +246,8 @@ def _triton_beats_sdpa(pattern: Pattern, call: Call) -> bool:
     half = call.dtype in (torch.float16, torch.bfloat16)
     hopper = call.capability is not None and call.capability >= (9, 0)
     large = hopper and call.head_dim <= 128 and call.pairs(pattern) >= _MANY_PAIRS
-    return half and (large or call.head_dim != call.value_dim)
+    other = half and (large or call.head_dim != call.value_dim)
+    return other or _repeats_heads(Backend.SDPA_FULL, call)
 
 
 def _has_hopper_kernels(pattern: Pattern, call: Call) -> bool:

@@ -29,7 +29,7 @@ def check_tensors(
         raise ValueError(f"{function}: batch, KV heads and keys must agree; got {shapes}.")
     if query.shape[3] != key.shape[3]:
         raise ValueError(f"{function}: query and key must have one head_dim; got {shapes}.")
-    if query.shape[1] % key.shape[1]:
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(f"{function}: KV heads must divide query heads; got {shapes}.")
     if not query.dtype == key.dtype == value.dtype or not query.dtype.is_floating_point:
         dtypes = f"{query.dtype}, {key.dtype}, {value.dtype}"

@@ -45,6 +45,8 @@ def reference_attention(
     mask = pattern.visible(query.device)
     scores = scores.masked_fill(~mask, float("-inf"))
     if sinks is not None:
+        # A sink of -inf is none, and a constant: beside no pair its gradient would be NaN.
+        sinks = sinks.masked_fill(sinks.isneginf(), float("-inf"))
         logits = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, logits], -1)
     lse = torch.logsumexp(scores, -1)

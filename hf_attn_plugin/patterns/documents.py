@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CONTINUED = (
+    "position_ids start again in the new tokens while earlier ones are cached: packed documents "
+    "cannot be continued from a cache. Pass each document as a batch row of its own."
+)
+
 
 def restarts(positions: Tensor, valid: Tensor | None = None) -> Tensor:
     """Tokens whose position does not go on upwards from the valid token before them.
@@ -29,6 +34,49 @@ def restarts(positions: Tensor, valid: Tensor | None = None) -> Tensor:
     else:
         starts = _not_upwards(positions, valid) & follows
     return starts & (follows & ~starts).any(1, keepdim=True)
+
+
+def begin_again(positions: Tensor, valid: Tensor | None, cached: Tensor) -> Tensor:
+    """Rows whose first new token is at position 0 although earlier tokens of theirs are cached.
+
+    A row of which nothing but padding is cached may begin there, and a row that is not numbered at
+    all says nothing.
+
+    Args:
+        positions: Of the new tokens, as in `restarts`.
+        valid: Of the new tokens, as in `restarts`.
+        cached: bool ``[batch or 1]``, whether any valid token is cached.
+
+    Returns:
+        bool ``[batch or 1]``.
+    """
+    if positions.ndim == 3 and positions.shape[0] == 4:
+        positions = positions[0]
+    follows = _follows(positions, valid)
+    first = ~follows if valid is None else valid & ~follows
+    at_zero = positions == 0 if positions.ndim == 2 else (positions == 0).all(0)
+    numbered = follows & ((positions > 0) if positions.ndim == 2 else (positions > 0).any(0))
+    return (first & at_zero).any(1) & numbered.any(1) & cached.to(positions.device)
+
+
+def number_in_cache(starts: Tensor, first: int | Tensor, kv_length: int) -> Tensor:
+    """Document numbers of all keys of a cache, in operations that look at no value.
+
+    What is cached belongs to the first document of the new tokens, and empty slots to none.
+
+    Args:
+        starts: bool ``[batch or 1, tokens]`` of `restarts`.
+        first: The slot of the first new token.
+        kv_length: Slots.
+
+    Returns:
+        int64 ``[batch or 1, kv_length]``.
+    """
+    length = starts.shape[1]
+    new = starts.to(torch.int64).cumsum(1)
+    index = torch.arange(kv_length, device=starts.device) - first
+    keys = new[:, index.clamp(0, length - 1)]
+    return torch.where(index < 0, 0, torch.where(index < length, keys, length))
 
 
 def _follows(positions: Tensor, valid: Tensor | None) -> Tensor:

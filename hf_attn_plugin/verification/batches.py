@@ -50,7 +50,7 @@ def example_batches(
     """
     config: Any = model.config
     text = config.get_text_config()
-    parameters = inspect.signature(_inner(model).forward).parameters
+    parameters = inspect.signature(inner_model(model).forward).parameters
     if "input_ids" not in parameters:
         raise ValueError(
             f"{type(model).__name__} takes no input_ids: call verify() with a batch of your own."
@@ -106,7 +106,7 @@ def shorten_batch(batch: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
 
     Returns:
         The batch with every tensor cut whose second dimension counts tokens (4D masks: both of
-        the last two), and cumulative lengths ended where the tokens end.
+        the last two; positions: the last), and cumulative lengths ended where the tokens end.
     """
     ids = batch.get("input_ids")
     ids = batch.get("inputs_embeds") if ids is None else ids
@@ -120,6 +120,8 @@ def shorten_batch(batch: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
         if name.startswith("cu_seq_lens"):
             inside = value[value < max_tokens]
             return torch.cat([inside, inside.new_tensor([max_tokens])])
+        if name == "position_ids" and value.shape[-1] == tokens:  # several axes come first
+            return value[..., :max_tokens]
         if value.ndim == 4 and value.shape[-2:] == (tokens, tokens):
             return value[..., :max_tokens, :max_tokens]
         if value.ndim >= 2 and value.shape[1] == tokens:
@@ -129,7 +131,7 @@ def shorten_batch(batch: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
     return {name: cut(name, value) for name, value in batch.items()}
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def inner_model(model: nn.Module) -> nn.Module:
     """The transformers model under wrappers such as PEFT's."""
     unwrap = getattr(model, "get_base_model", None)
     return unwrap() if callable(unwrap) else model

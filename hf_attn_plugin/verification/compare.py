@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hf_attn_plugin.integrations.attention_calls import InterfaceCall
 from hf_attn_plugin.methods import METHODS
-from hf_attn_plugin.verification.definitions import Definition, softmax_definition
+from hf_attn_plugin.verification.definitions import (
+    Definition,
+    linear_definition,
+    linear_denominator,
+    linear_numerator,
+    softmax_definition,
+)
 from hf_attn_plugin.verification.expected import ExpectedPairs
 
 
@@ -65,33 +72,67 @@ def compare_output(
 def compare_gradients(
     call: InterfaceCall, pairs: ExpectedPairs, approximate: bool, definition: Definition
 ) -> list[tuple[str, Comparison]]:
-    """Judge the gradients of query, key and value for random gradients of the output."""
+    """Judge the gradients of query, key and value for random gradients of the output.
+
+    Gradients of ``linear`` are small differences between those of its numerator and those of its
+    denominator, which any order of computation rounds separately. One evaluation of the definition
+    does not show how far that reaches, so it is measured: both are taken in float64 at inputs that
+    are rounded at random, each in its own way.
+    """
     empty = _empty_rows(pairs)
     generator = torch.Generator().manual_seed(0)
     batch, heads, q_len, _ = call.query.shape
     shape = (batch, q_len, heads, call.value.shape[-1])
-    weights = torch.randn(shape, generator=generator, dtype=torch.float64)
+    # The same in every dtype: what is judged is not to answer for rounded weights.
+    weights = torch.randn(shape, generator=generator).bfloat16().double()
     weights = _without(weights.to(call.query.device), empty)
 
-    def gradients(dtype: torch.dtype | None) -> list[Tensor]:
+    def gradients(
+        function: Definition | None, dtype: torch.dtype | None, seed: int | None = None
+    ) -> list[Tensor]:
+        """Of ``function``, or of the call itself; with a seed, at inputs rounded at random."""
         leaves = [
-            tensor.detach().to(dtype or tensor.dtype).requires_grad_()
+            _rounded(tensor.detach().to(dtype or tensor.dtype), seed).requires_grad_()
             for tensor in (call.query, call.key, call.value)
         ]
         changed = dataclasses.replace(call, query=leaves[0], key=leaves[1], value=leaves[2])
         with torch.enable_grad():
-            output = changed.run()[0] if dtype is None else definition(changed, pairs, dtype)
-            found = torch.autograd.grad(output, leaves, weights.to(output.dtype))
+            output = function(changed, pairs, dtype) if function and dtype else changed.run()[0]
+            found = torch.autograd.grad(
+                output, leaves, _rounded(weights, seed).to(output.dtype), materialize_grads=True
+            )
         return [tensor.transpose(1, 2) for tensor in found]  # tokens first, as in the output
 
-    exact, plain = gradients(torch.float64), gradients(call.query.dtype)
+    double = torch.float64
+    exact, plain = gradients(definition, double), gradients(definition, call.query.dtype)
+    shaken: list[list[Tensor]] = []
+    if definition is linear_definition and not approximate:
+        for seed in (0, 2):
+            above = gradients(linear_numerator, double, seed)
+            below = gradients(linear_denominator, double, seed + 1)
+            shaken.append([one + other for one, other in zip(above, below, strict=True)])
     result = []
-    for name, tried, same, truth in zip(
-        ("query", "key", "value"), gradients(None), plain, exact, strict=True
+    for index, (name, tried) in enumerate(
+        zip(("query", "key", "value"), gradients(None, None), strict=True)
     ):
-        comparison = _compare(tried, same, truth, None if approximate else _rounding(tried))
+        comparison = _compare(
+            tried,
+            plain[index],
+            exact[index],
+            None if approximate else _rounding(tried),
+            [draw[index] for draw in shaken],
+        )
         result.append((f"{name} gradient", comparison))
     return result
+
+
+def _rounded(tensor: Tensor, seed: int | None) -> Tensor:
+    """Every element one rounding of float32 larger or smaller; as it is without a seed."""
+    if seed is None:
+        return tensor
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(2, tensor.shape, generator=generator).to(tensor) * 2 - 1
+    return tensor * (1 + torch.finfo(torch.float32).eps * signs)
 
 
 def _empty_rows(pairs: ExpectedPairs) -> Tensor:
@@ -112,7 +153,13 @@ def _rounding(tensor: Tensor) -> float:
     return eps if tensor.element_size() < 4 else 8 * eps
 
 
-def _compare(tried: Tensor, plain: Tensor, exact: Tensor, rounding: float | None) -> Comparison:
+def _compare(
+    tried: Tensor,
+    plain: Tensor,
+    exact: Tensor,
+    rounding: float | None,
+    shaken: Sequence[Tensor] = (),
+) -> Comparison:
     """Errors of whole tokens, all heads together: single elements are too small a sample.
 
     Args:
@@ -120,6 +167,7 @@ def _compare(tried: Tensor, plain: Tensor, exact: Tensor, rounding: float | None
         plain: The same from eager attention in the same dtype.
         exact: The same in float64.
         rounding: The floor of the budget; None for approximations, which have no budget.
+        shaken: The same in float64 from inputs that are rounded at random.
     """
     norms = exact.flatten(2).norm(dim=-1)
     scale = float(norms.max()) if norms.numel() else 0.0
@@ -131,8 +179,13 @@ def _compare(tried: Tensor, plain: Tensor, exact: Tensor, rounding: float | None
     largest = float(error.abs().max()) if error.numel() else 0.0
     if rounding is None:
         return Comparison(largest, relative, None, finite, "" if finite else "not finite")
-    own = (plain.double() - exact).flatten(2).norm(dim=-1)
-    budget = 2 * float(own.max()) / scale + rounding if own.numel() else rounding
+    budget = rounding
+    if per_token.numel():
+        own, *moved = (
+            float((other.double() - exact).flatten(2).norm(dim=-1).max())
+            for other in (plain, *shaken)
+        )
+        budget += 2 * (own + max(moved, default=0.0)) / scale
     ok = finite and relative <= budget
     row, token = divmod(int(per_token.argmax()), max(per_token.shape[1], 1)) if not ok else (0, 0)
     return Comparison(

@@ -46,6 +46,32 @@ def linear_definition(call: InterfaceCall, pairs: ExpectedPairs, dtype: torch.dt
     What `ops.linear.reference_linear_attention` says, with a matrix product over the features. Half
     precision is computed in float32, as the method promises.
     """
+    logits, value, empty = _linear_terms(call, pairs, dtype)
+    weights = logits.softmax(-1).masked_fill(empty, 0.0)
+    return (weights @ value).transpose(1, 2)
+
+
+def linear_numerator(call: InterfaceCall, pairs: ExpectedPairs, dtype: torch.dtype) -> Tensor:
+    """`linear_definition`, with gradients of its numerator alone."""
+    logits, value, empty = _linear_terms(call, pairs, dtype)
+    weights = (logits - logits.logsumexp(-1, keepdim=True).detach()).exp()
+    return (weights.masked_fill(empty, 0.0) @ value).transpose(1, 2)
+
+
+def linear_denominator(call: InterfaceCall, pairs: ExpectedPairs, dtype: torch.dtype) -> Tensor:
+    """`linear_definition`, with gradients of its denominator alone."""
+    logits, value, empty = _linear_terms(call, pairs, dtype)
+    weights = (logits.detach() - logits.logsumexp(-1, keepdim=True)).exp()
+    return (weights.masked_fill(empty, 0.0) @ value.detach()).transpose(1, 2)
+
+
+def _linear_terms(
+    call: InterfaceCall, pairs: ExpectedPairs, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logarithms of the weights, -inf where a pair does not attend; values; rows without pairs.
+
+    Every query's logarithms are without its own common factor, which the denominator has too.
+    """
     dtype = dtype if dtype is torch.float64 else torch.float32
     query, key, value = (tensor.to(dtype) for tensor in (call.query, call.key, call.value))
     scaling = call.kwargs.get("scaling")
@@ -59,10 +85,8 @@ def linear_definition(call: InterfaceCall, pairs: ExpectedPairs, dtype: torch.dt
     products = torch.exp(log_q - largest_q) @ torch.exp(log_k - largest_k).transpose(-1, -2)
     logits = products.log() + largest_k.transpose(-1, -2)
     empty = ~pairs.allowed.any(-1, keepdim=True)
-    weights = logits.masked_fill(~(pairs.allowed | empty), float("-inf")).softmax(-1)
-    weights = weights.masked_fill(empty, 0.0)
-    output = weights @ value.repeat_interleave(groups, 1)
-    return output.transpose(1, 2)
+    logits = logits.masked_fill(~(pairs.allowed | empty), float("-inf"))
+    return logits, value.repeat_interleave(groups, 1), empty
 
 
 def _features(module: nn.Module) -> FeatureMap:

@@ -6,7 +6,7 @@ Nothing here uses `Pattern`: what is checked must not be what checks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -57,7 +57,8 @@ class Tokens:
         marked: bool, tokens named in ``global_attention_mask``; or None.
         past: Tokens that are cached already.
         told: Whether ``cu_seq_lens_q`` tells the documents, which then hold for encoders too;
-            positions that start again mean documents only where attention looks back.
+            positions that start again mean documents only where attention looks back, or where
+            transformers' own masks keep them apart.
         own_mask: Whether the batch holds a 4D mask.
     """
 
@@ -69,12 +70,21 @@ class Tokens:
     told: bool
     own_mask: bool
 
+    def as_one_document(self) -> Tokens:
+        """The same without the documents."""
+        counted = self.valid.long()
+        return dataclasses.replace(
+            self, document=torch.zeros_like(self.document), rank=counted.cumsum(1) - counted
+        )
+
 
 def read_tokens(batch: Mapping[str, Any], past: int) -> Tokens | None:
     """The tokens of a batch; None where it holds none that could be counted.
 
     Packed documents are told by ``cu_seq_lens_q``, or by ``position_ids`` that do not go up from
     one valid token to the next; not beside a 4D mask of the caller's own, which is the whole truth.
+    Of positions along four axes ``[4, batch or 1, tokens]`` the first numbers the text; along three
+    a document starts where all of them are 0, as images make them go back inside of one too.
     """
     ids = batch.get("input_ids")
     if ids is None:
@@ -86,15 +96,15 @@ def read_tokens(batch: Mapping[str, Any], past: int) -> Tokens | None:
     own_mask = isinstance(mask, Tensor) and mask.ndim == 4
     valid = [[True] * total for _ in range(rows)]
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        valid = [[bool(x) for x in row[:total]] for row in mask.tolist()]
+        missing = [False] * (total - mask.shape[1])
+        valid = [[bool(x) for x in row[:total]] + missing for row in mask.tolist()]
     documents = [[0] * total for _ in range(rows)]
     positions, lengths = batch.get("position_ids"), batch.get("cu_seq_lens_q")
     if isinstance(lengths, Tensor):
         ends = lengths.tolist()[1:]
         documents = [[sum(end <= token for end in ends) for token in range(total)]]
-    elif isinstance(positions, Tensor) and positions.ndim == 2 and not past and not own_mask:
-        numbered = positions.expand(rows, -1).tolist()
-        documents = [_documents(*row) for row in zip(numbered, valid, strict=True)]
+    elif isinstance(positions, Tensor) and not past and not own_mask:
+        documents = _of_positions(positions, valid) or documents
     ranks = [_ranks(*row) for row in zip(valid, documents, strict=True)]
     marked = batch.get("global_attention_mask")
     return Tokens(
@@ -106,6 +116,29 @@ def read_tokens(batch: Mapping[str, Any], past: int) -> Tokens | None:
         told=isinstance(lengths, Tensor),
         own_mask=own_mask,
     )
+
+
+def _of_positions(positions: Tensor, valid: list[list[bool]]) -> list[list[int]] | None:
+    if positions.ndim not in (2, 3) or positions.shape[-1] != len(valid[0]):
+        return None
+    read: Callable[..., list[int]] = _documents
+    if positions.ndim == 3 and positions.shape[0] == 4:
+        positions = positions[0]
+    elif positions.ndim == 3:
+        positions, read = positions.abs().amax(0), _documents_at_zeros
+    numbered = positions.expand(len(valid), -1).tolist()
+    return [read(*row) for row in zip(numbered, valid, strict=True)]
+
+
+def _documents_at_zeros(positions: list[int], valid: list[bool]) -> list[int]:
+    """Rows with nothing but zeros behind their first token are not numbered at all."""
+    number, begun, counted, found = 0, False, False, []
+    for position, real in zip(positions, valid, strict=True):
+        number += real and begun and position == 0
+        counted = counted or (real and begun and position != 0)
+        begun = begun or real
+        found.append(number)
+    return found if counted else [0] * len(found)
 
 
 def _documents(positions: list[int], valid: list[bool]) -> list[int]:
@@ -150,6 +183,11 @@ class ExpectedPairs:
         return torch.where(allowed, base, torch.finfo(dtype).min)
 
 
+def describes(tokens: Tokens, q_len: int) -> bool:
+    """Whether a call with so many queries is about these tokens."""
+    return q_len + tokens.past == tokens.valid.shape[1]
+
+
 def expected_pairs(
     method: str,
     module: nn.Module,
@@ -167,8 +205,9 @@ def expected_pairs(
         module: The attention module; its config holds the method's parameters.
         eager_mask: The mask that transformers makes for eager attention in this very call:
             bool (True attends), float (added to the scores), or None (nothing is masked).
-        tokens: Of the batch; None where they do not describe this call (encoder-decoders, towers
-            of other modalities), and then only eager's mask counts.
+        tokens: Of the batch, as one document where this layer is not to keep documents apart. None
+            where there are none (encoder-decoders); where they do not describe this call either
+            (towers of other modalities), only eager's mask counts.
         q_len: Queries of the call.
         kv_len: Keys of the call.
         device: Where to make it.
@@ -184,7 +223,7 @@ def expected_pairs(
         allowed = mask > torch.finfo(mask.dtype).min / 2
         left = mask.masked_fill(~allowed, 0)
         bias = left if bool(left.any()) else None
-    if tokens is None or q_len + tokens.past != tokens.valid.shape[1]:
+    if tokens is None or not describes(tokens, q_len):
         return ExpectedPairs(bias, allowed, False)
     total = tokens.valid.shape[1]
     first_key = max(0, total - kv_len)  # a window layer's cache has dropped the keys before
@@ -196,9 +235,8 @@ def expected_pairs(
         # Eager's mask of this call may know nothing of documents, and its chunks then run on from
         # one into the next; they start anew in each.
         allowed = _chunked(tokens, chunk)[:, None, :, token_of_key].to(device)
-    if causal or tokens.told:
-        apart = tokens.document[:, query_at, None] != tokens.document[:, None, token_of_key]
-        allowed = allowed & ~apart[:, None].to(device)
+    apart = tokens.document[:, query_at, None] != tokens.document[:, None, token_of_key]
+    allowed = allowed & ~apart[:, None].to(device)
     kept = _kept_by_method(method, module, tokens, query_at, key_at, token_of_key, causal)
     if kept is None:
         return ExpectedPairs(bias, allowed, False)

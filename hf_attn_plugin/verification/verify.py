@@ -6,6 +6,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,11 +21,12 @@ from hf_attn_plugin.integrations.attention_calls import (
 )
 from hf_attn_plugin.integrations.packed_positions import jumps_cut_nothing
 from hf_attn_plugin.methods import METHODS
-from hf_attn_plugin.verification.batches import DecodingBatch, example_batches
+from hf_attn_plugin.verification.batches import DecodingBatch, example_batches, inner_model
 from hf_attn_plugin.verification.compare import compare_gradients, compare_output
 from hf_attn_plugin.verification.definitions import linear_definition, softmax_definition
 from hf_attn_plugin.verification.expected import (
     Tokens,
+    describes,
     expected_pairs,
     is_approximate,
     is_linear,
@@ -131,6 +133,7 @@ def verify_batches(
             refusals[name] = error
             continue
         called |= run.called
+        notes += run.notes
         for method, left_out in run.left_out.items():
             sparse[method] = sparse.get(method, False) or left_out
     if refusals and not checks:
@@ -171,7 +174,11 @@ _NOT_NEEDED = ("labels", "num_items_in_batch", "shift_labels")
 
 
 class _Verification:
-    """One batch: a pass that collects eager's masks, and one in which every call is judged."""
+    """One batch: a pass that collects eager's masks, and one in which every call is judged.
+
+    A third, between them, asks transformers' own masks of training which of the layers that look
+    both ways keep packed documents apart.
+    """
 
     def __init__(
         self,
@@ -195,8 +202,11 @@ class _Verification:
         self.tokens: Tokens | None = None if self.seq2seq else read_tokens(self.batch, past)
         self.names = {id(module): path for path, module in model.named_modules()}
         self.called: set[str] = set()
+        self.notes: tuple[str, ...] = ()
         self.left_out: dict[str, bool] = {}
         self._masks: dict[int, list[tuple[Any, int]]] = collections.defaultdict(list)
+        self._apart: dict[int, list[bool]] = collections.defaultdict(list)
+        self._two_ways = self._untold = False
         self._prompt_keys: dict[int, list[tuple[Tensor, Tensor]]] = collections.defaultdict(list)
         self._seen: collections.Counter[int] = collections.Counter()
         self._found: list[LayerCheck] = []
@@ -206,7 +216,10 @@ class _Verification:
         documents = jumps_cut_nothing() if self._has_our_names() else contextlib.nullcontext()
         try:
             with documents, eager_names(self.model):
-                self._forward(self._collect_mask, _compute_nothing)
+                with self._reading_inside():
+                    self._forward(self._collect_mask, _compute_nothing)
+                if self._two_ways and self._told_by_positions():
+                    self._forward(self._collect_apart, _compute_nothing, self._as_in_training())
         except ValueError as error:
             if self.batch.get("past_key_values") is None:
                 raise
@@ -234,9 +247,47 @@ class _Verification:
         kept = {k: v for k, v in batch.items() if self.seq2seq or k not in _NOT_NEEDED}
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kept.items()}
 
-    def _forward(self, handler: Handler, prompt_handler: Handler) -> None:
-        """Run the batch, after its prompt if there is one."""
-        batch, modules = dict(self.batch), list(self.model.modules())
+    def _told_by_positions(self) -> bool:
+        tokens = self.tokens
+        return tokens is not None and not tokens.told and bool(tokens.document.any())
+
+    def _as_in_training(self) -> dict[str, Any]:
+        """The batch without what lets transformers' own masks overlook packed documents."""
+        batch = {name: value for name, value in self.batch.items() if name != "attention_mask"}
+        if "use_cache" in inspect.signature(inner_model(self.model).forward).parameters:
+            batch["use_cache"] = False
+        return batch
+
+    @contextlib.contextmanager
+    def _reading_inside(self) -> Iterator[None]:
+        """Read the tokens that a wrapper calls the model inside with.
+
+        PEFT's prompt tuning puts virtual tokens before those of the batch, and drops its positions.
+        """
+        inner, outside = inner_model(self.model), self.tokens
+        if inner is self.model or outside is None:
+            yield
+            return
+        names = list(inspect.signature(inner.forward).parameters)
+
+        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            told = {**dict(zip(names, args, strict=False)), **kwargs}
+            cache = told.get("past_key_values")
+            self.tokens = read_tokens(told, 0 if cache is None else int(cache.get_seq_length()))
+
+        handle = inner.register_forward_pre_hook(read, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+        told = self.tokens is not None and bool(self.tokens.document.any())
+        self._untold = bool(outside.document.any()) and not told
+
+    def _forward(
+        self, handler: Handler, prompt_handler: Handler, batch: dict[str, Any] | None = None
+    ) -> None:
+        """Run a batch, this one unless another is given, after its prompt if there is one."""
+        batch, modules = dict(batch or self.batch), list(self.model.modules())
         if batch.get("past_key_values") is not None:
             batch["past_key_values"] = _copied(batch["past_key_values"])
         with (
@@ -253,7 +304,42 @@ class _Verification:
 
     def _collect_mask(self, call: InterfaceCall) -> tuple[Tensor, None]:
         self._masks[id(call.module)].append((call.mask, call.query.shape[2]))
+        self._two_ways = self._two_ways or not _is_causal(call)
         return _compute_nothing(call)
+
+    def _collect_apart(self, call: InterfaceCall) -> tuple[Tensor, None]:
+        apart, mask = False, call.mask
+        assert self.tokens is not None
+        if mask is not None and describes(self.tokens, call.query.shape[2]):
+            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            document = self.tokens.document.to(mask.device)
+            others = (document[:, :, None] != document[:, None])[:, None]
+            apart = seen.shape[-2:] == others.shape[-2:] and not bool((seen & others).any())
+        self._apart[id(call.module)].append(apart)
+        return _compute_nothing(call)
+
+    def _tokens_for(self, call: InterfaceCall, index: int) -> Tokens | None:
+        """The tokens as this layer is to see them: both ways, documents are often none of it."""
+        tokens, apart = self.tokens, self._apart[id(call.module)]
+        if tokens is None or tokens.told or _is_causal(call):
+            return tokens
+        return tokens if index < len(apart) and apart[index] else tokens.as_one_document()
+
+    def _not_judged(self, call: InterfaceCall) -> str:
+        """What the batch tells of this call's tokens and the model's inside is not told."""
+        tokens = self.tokens
+        if tokens is None or not _is_causal(call):
+            return ""
+        known = describes(tokens, call.query.shape[2])
+        if not (self._untold if known else bool(tokens.document.any())):
+            return ""
+        if not self.notes:
+            self.notes = (
+                f"{self.name}: not judged: packed documents. {type(self.model).__name__} does not "
+                "hand their positions on to the model inside, which then takes a row for one "
+                "document: pass each document as a batch row of its own",
+            )
+        return "packed documents"
 
     def _keep_prompt(self, call: InterfaceCall) -> tuple[Tensor, Any]:
         """All keys and values of the prompt: the method's cache may drop some of them."""
@@ -301,7 +387,7 @@ class _Verification:
             call.implementation,
             call.module,
             mask,
-            self.tokens,
+            self._tokens_for(call, index),
             q_len,
             kv_len,
             call.query.device,
@@ -312,10 +398,17 @@ class _Verification:
             self.left_out[call.implementation] = before or pairs.left_out
         approximate = is_approximate(call.implementation, q_len, kv_len)
         linear = is_linear(call.implementation, call.module, call.kwargs.get("sliding_window"))
-        if linear and self.prompt is None and self.tokens is not None and self.tokens.past:
+        tokens = self.tokens
+        if (
+            linear
+            and self.prompt is None
+            and tokens is not None
+            and tokens.past
+            and kv_len < tokens.valid.shape[1]  # prefixes of PEFT's are keys, and all are there
+        ):
             raise ValueError(
                 "verify(): under 'linear' the cache in the batch holds a sum in place of its "
-                f"{self.tokens.past} tokens, so nothing can be computed over them again. "
+                f"{tokens.past} tokens, so nothing can be computed over them again. "
                 "verify(model) makes a decoding step of its own."
             )
         definition = linear_definition if linear else softmax_definition
@@ -331,6 +424,7 @@ class _Verification:
                     layer_idx=getattr(call.module, "layer_idx", None),
                     method=call.implementation,
                     quantity=quantity,
+                    not_judged=self._not_judged(call),
                     **dataclasses.asdict(comparison),
                 )
             )

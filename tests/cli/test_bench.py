@@ -28,7 +28,9 @@ def test_the_cases_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @no_gpu
-@pytest.mark.parametrize("what", [[], ["full"], ["compile"], ["model"]])
+@pytest.mark.parametrize(
+    "what", [[], ["full"], ["compile"], ["model"], ["decode", "--quick"], ["linear"]]
+)
 def test_a_gpu_is_asked_for(
     what: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,7 +44,14 @@ def test_a_gpu_is_asked_for(
     [
         (["fulll"], "no case named fulll: choose from full, window-1024"),
         (["--peers", "fa5"], "no peer named fa5: choose from sdpa-flash"),
-        (["full", "--layers", "2"], "--tokens and --layers are for hf-attn bench model"),
+        (["full", "--layers", "2"], "--layers is for hf-attn bench model; hf-attn bench with"),
+        (["decode", "--peers", "fa4"], "--peers is for hf-attn bench, hf-attn bench compile, "),
+        (["linear", "--fresh"], "hf-attn bench linear has no use for it"),
+        (["compile", "--quick"], "hf-attn bench compile has no use for it"),
+        (["decode", "--peer-timeout", "9"], "hf-attn bench decode has no use for it"),
+        (["model", "--no-figures"], "--no-figures is for hf-attn bench; hf-attn bench model"),
+        (["compile", "--peers", "fa5"], "no peer named fa5: choose from sdpa-flash"),
+        (["model", "--peers", "fa5"], "no peer named fa5: choose from "),
         (["model", "--tokens", "0"], "--tokens must be above 0, got 0"),
         (["--peer-timeout", "0"], "--peer-timeout must be above 0"),
         (["compile", "full"], "hf-attn bench compile takes no cases; got full"),
@@ -59,6 +68,22 @@ def test_wrong_options(
 def test_pages_name_their_command_without_a_folder() -> None:
     line = ["bench", "full", "--out", "/somewhere/else", "--quick", "--out=x"]
     assert command_line(line) == "hf-attn bench full --quick"
+
+
+@pytest.mark.parametrize("what", ["decode", "linear"])
+def test_pages_get_the_command_with_its_options(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_attn_plugin.cli import bench
+
+    given = {}
+    module = bench.speed_module(bench.OTHERS[what])
+    monkeypatch.setattr(module, "run", lambda out, **options: given.update(options) or 0)
+    monkeypatch.setattr(bench, "_check_gpu", lambda: None)
+    line = ["bench", what, "--quick", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["hf-attn", *line])
+    assert main(line) == 0
+    assert given == {"command": f"hf-attn bench {what} --quick", "quick": True}
 
 
 def test_an_installed_wheel_holds_the_benchmarks(tmp_path: Path) -> None:

@@ -96,11 +96,17 @@ B = Backend
         (PADDED, {}, B.TRITON),
         (dict(q_len=8192, q_offset=0), {}, B.TRITON),
         ({}, dict(dtype=torch.float32, kv_heads=32), B.SDPA_CAUSAL),
-        # SDPA would write out the scores of grouped heads: 32 GiB.
+        # SDPA has no kernel for grouped heads of these: it would write out their scores, 32 GiB.
         ({}, dict(dtype=torch.float32), B.TRITON),
         ({}, dict(dtype=torch.float32, compiling=True), B.TRITON),
-        ({}, dict(dtype=torch.float32, installed=frozenset()), B.BLOCKED),
-        ({}, dict(head_dim=576, value_dim=512, installed=TRITON), B.BLOCKED),
+        ({}, dict(dtype=torch.float32, installed=frozenset()), B.SDPA_CAUSAL),
+        ({}, dict(head_dim=576, value_dim=512, installed=TRITON), B.SDPA_CAUSAL),
+        ({}, dict(dtype=torch.float64), B.BLOCKED),
+        ({}, dict(dtype=torch.float64, kv_heads=32), B.BLOCKED),
+        ({}, dict(dtype=torch.float32, head_dim=258, value_dim=258), B.BLOCKED),
+        (dict(q_len=64, kv_len=64), dict(dtype=torch.float64), B.SDPA_CAUSAL),
+        (dict(q_len=1, kv_len=99), dict(dtype=torch.float32, needs_grad=False), B.TRITON_DECODE),
+        (dict(q_len=2048, kv_len=2048, window=9), dict(installed=frozenset()), B.SDPA_MASK),
         ({}, dict(head_dim=576, value_dim=512, kv_heads=32, installed=TRITON), B.SDPA_CAUSAL),
         (dict(q_len=1024, kv_len=1024), dict(dtype=torch.float32), B.SDPA_CAUSAL),
         # ... and of many rows under a mask.
@@ -171,6 +177,39 @@ def test_choice_on_a_gpu(fields: dict, changes: dict, wanted: Backend) -> None:
     assert choice.reason
     passed_over = [passed.backend for passed in choice.passed_over]
     assert len({wanted, *passed_over}) == 1 + len(passed_over)
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes", "repeats"),
+    [
+        ({}, {}, False),
+        ({}, dict(dtype=torch.float32), True),
+        ({}, dict(dtype=torch.float32, kv_heads=32), False),
+        ({}, dict(head_dim=576, value_dim=512), True),
+        ({}, dict(head_dim=192), True),
+        ({}, dict(capability=(7, 5), dtype=torch.float16), True),
+        (dict(q_len=512, kv_len=512, window=9), {}, True),  # FlashAttention-2 takes no mask
+        (dict(q_len=512, kv_len=512, window=9), dict(kv_heads=32), False),
+        ({}, dict(dtype=torch.float32, device_type="cpu", capability=None), False),
+    ],
+)
+def test_grouped_heads_never_reach_the_kernel_that_writes_scores(
+    fields: dict, changes: dict, repeats: bool
+) -> None:
+    """On GPUs only FlashAttention-2 of SDPA's kernels knows groups of heads."""
+    call = dataclasses.replace(HOPPER, **dict(capability=(8, 0), installed=frozenset()) | changes)
+    choice = choose_backend(pattern(**fields), call)
+    assert choice.backend in (B.SDPA_CAUSAL, B.SDPA_MASK), choice
+    assert choice.repeats_heads is repeats
+    assert ("repeated" in choice.reason) is repeats
+    assert choice.warning is None
+
+
+def test_what_no_kernel_takes_is_said() -> None:
+    call = dataclasses.replace(HOPPER, dtype=torch.float64)
+    choice = choose_backend(pattern(), call)
+    assert "SDPA writes all scores out in torch.float64" in choice.reason
+    assert "SDPA writes all scores out in torch.float64" in (choice.warning or "")
 
 
 @pytest.mark.parametrize(
@@ -317,6 +356,35 @@ def test_no_warning_on_a_cpu() -> None:
 
 
 @pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("window", [None, 5])
+def test_repeated_heads_change_nothing(
+    kv_heads: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output and gradients; PyTorch is called with as many heads of keys as of queries."""
+    heads = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> Any:
+        heads.append((key.shape[1], value.shape[1], how["enable_gqa"]))
+        assert kv_heads > 1 or key.stride(1) == 0  # a view, no copy
+        return real(query, key, value, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    torch.manual_seed(0)
+    shapes = ((2, 4, 40, 8), (2, kv_heads, 40, 8), (2, kv_heads, 40, 12))
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    over = Pattern(q_len=40, kv_len=40, window=window)
+    got, _ = attention(*inputs, over, need_lse=False)
+    assert heads == [(4, 4, False)]
+    want, _ = reference_attention(*inputs, over)
+    torch.testing.assert_close(got, want)
+    grad = torch.randn_like(got)
+    grads = torch.autograd.grad(got, inputs, grad)
+    torch.testing.assert_close(grads, torch.autograd.grad(want, inputs, grad))
+
+
+@pytest.mark.usefixtures("on_a_gpu")
 def test_the_warning_does_not_break_a_graph() -> None:
     q = torch.randn(1, 2, 40, 8)
     over = Pattern(q_len=40, kv_len=40, window=5)
@@ -376,6 +444,25 @@ def test_autocast_rounds_nothing() -> None:
         (product,) = {(q @ q.mT).dtype}
     assert product == torch.bfloat16  # the control: autocast was on
     assert torch.equal(under, plain)
+
+
+def test_no_key_value_heads_are_refused() -> None:
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="KV heads must divide query heads"):
+        attention(q, q[:, :0], q[:, :0], Pattern(q_len=4, kv_len=4))
+
+
+def test_a_sink_of_minus_infinity_has_no_gradient() -> None:
+    """Nor where a row sees nothing, in the reference as in what is chosen."""
+    q = torch.randn(1, 2, 6, 8)
+    over = Pattern(q_len=6, kv_len=6, key_valid=torch.arange(6)[None] >= 3)
+    sinks = torch.tensor([float("-inf"), 0.5], requires_grad=True)
+    grads = []
+    for function in (attention, reference_attention):
+        output, _ = function(q, q, q, over, sinks=sinks)
+        grads += torch.autograd.grad(output.sin().sum(), sinks)
+    torch.testing.assert_close(*grads)
+    assert grads[0][0] == 0 and grads[0][1] != 0
 
 
 @pytest.mark.parametrize("scaling", [-0.3, 0.0])

@@ -52,6 +52,9 @@ class FakeFlashAttention4:
     ) -> tuple[Tensor, Tensor | None]:
         self.calls.append(dict(q=q, k=k, v=v, window=window_size, deterministic=deterministic))
         assert isinstance(softcap, float)
+        # As the vendor asserts it.
+        known = (torch.float16, torch.bfloat16, torch.float32)
+        assert learnable_sink is None or learnable_sink.dtype in known
         mask = mask_of(q.shape[1], k.shape[1], causal, window_size)
         over = Pattern(q_len=q.shape[1], kv_len=k.shape[1], causal=False, dense=mask[None, None])
         output, lse = reference_attention(
@@ -151,7 +154,7 @@ def test_flash_attention_4_is_told_the_pattern(
 ) -> None:
     pattern = PATTERNS[name]
     tensors = inputs(3, pattern.q_len, pattern.kv_len)
-    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    sinks = torch.randn(4, requires_grad=True)
     how: dict[str, Any] = dict(scaling=0.3, softcap=1.5, sinks=sinks)
     got = adapter.flash_attention_4(*tensors, pattern, need_lse=need_lse, **how)
     want = reference_attention(*tensors, pattern, **how)
@@ -163,6 +166,16 @@ def test_flash_attention_4_is_told_the_pattern(
     losses = [functools.reduce(torch.add, [r[i].sin().sum() for r in results]) for i in (0, 1)]
     grads = [torch.autograd.grad(loss, [*tensors, sinks]) for loss in losses]
     torch.testing.assert_close(*grads)
+
+
+def test_sinks_of_a_dtype_that_the_vendor_refuses(vendor: FakeFlashAttention4) -> None:
+    tensors, pattern = inputs(2, 20, 20), PATTERNS["window"]
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    got, _ = adapter.flash_attention_4(*tensors, pattern, scaling=0.3, sinks=sinks)
+    want, _ = reference_attention(*tensors, pattern, scaling=0.3, sinks=sinks)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    grads = [torch.autograd.grad(output.sin().sum(), sinks)[0] for output in (got, want)]
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
 
 
 def test_a_wrong_window_would_be_seen(vendor: FakeFlashAttention4) -> None:

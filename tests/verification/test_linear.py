@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import running
 from tiny import LENGTH, random_ids
 
 import hf_attn_plugin
@@ -166,3 +167,36 @@ def test_a_state_in_the_batch_is_refused() -> None:
         cache = model(ids[:, :15]).past_key_values
     with pytest.raises(ValueError, match=r"holds a sum in place of its 15 tokens"):
         verify(model, {"input_ids": ids[:, 15:], "past_key_values": cache})
+
+
+@pytest.mark.parametrize("gain", [1, 40])
+@pytest.mark.parametrize("feature_map", ["elu", "favor"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gradients_in_which_much_cancels_are_rounding(
+    feature_map: str, gain: float, seed: int
+) -> None:
+    """BART's: the numerator's and the denominator's are up to hundreds of times their sum."""
+    model = hf_attn_plugin.configure(running.eager_model("bart"), LinearConfig(feature_map))
+    model.set_attn_implementation("linear")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter *= gain**0.5
+    report = verify(model, length=20, gradients=True, seed=seed)
+    assert report.ok, str(report)
+    assert max(check.budget or 0 for check in report.checks) < 1e-2
+
+
+def test_gradients_too_large_by_a_thousandth_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = linear.read_call
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        call = read(*args, **kwargs)
+        key = call.key + 1e-3 * (call.key - call.key.detach())  # larger gradients, the same keys
+        return dataclasses.replace(call, key=key) if call.module.layer_idx == 1 else call
+
+    monkeypatch.setattr(linear, "read_call", faulty)
+    for parameters in (ELU, FAVOR):
+        wrong = only_difference(linear_model(parameters=parameters), IDS, gradients=True)
+        assert (wrong.layer_idx, wrong.quantity) == (1, "key gradient")
+        assert wrong.relative_error > 10 * (wrong.budget or 1)

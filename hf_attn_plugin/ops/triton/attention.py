@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -51,7 +52,8 @@ def triton_attention(
     Memory beyond inputs, output and gradients: 12 bytes per query and head in the backward pass,
     float32 copies of what a pattern with a stride computes in two passes, and float32 slices of
     the few rows and columns that are split over programs, at most the size of a 16-bit output.
-    Work is planned once per `Pattern` object, whose tensors must not change afterwards.
+    Work is planned once per `Pattern` object, whose tensors must not change afterwards. Transforms
+    of torch.func (vmap, grad) cannot enter; `reference_attention` takes them.
 
     Raises:
         ValueError: The kernels do not honour the call; see `support.refuses`.
@@ -271,6 +273,7 @@ class _Plans:
 
     def __init__(self, most: int) -> None:
         self.most = most
+        self._lock = threading.Lock()
         self._kept: collections.OrderedDict[
             tuple[Any, ...], tuple[list[weakref.ref[Tensor]], Plan]
         ] = collections.OrderedDict()
@@ -287,17 +290,15 @@ class _Plans:
             return Plan(_decode(q_len, kv_len, tensors, numbers), device)
         versions = tuple((id(t), t._version) for t in tensors)
         key = (q_len, kv_len, tuple(numbers), versions, device)
-        if key in self._kept:
-            held, plan = self._kept[key]
-            # An id names another tensor once the first is gone.
-            if all(ref() is t for t, ref in zip(tensors, held, strict=True)):
-                self._kept.move_to_end(key)
-                return plan
-        plan = Plan(_decode(q_len, kv_len, tensors, numbers), device)
-        self._kept[key] = ([weakref.ref(t) for t in tensors], plan)
-        self._kept.move_to_end(key)
-        while len(self._kept) > self.most:
-            self._kept.popitem(last=False)
+        held, plan = self._kept.get(key, ([], None))
+        # An id names another tensor once the first is gone.
+        if plan is None or any(ref() is not t for t, ref in zip(tensors, held, strict=True)):
+            plan = Plan(_decode(q_len, kv_len, tensors, numbers), device)
+        with self._lock:  # the backward pass runs in threads of its own
+            self._kept[key] = ([weakref.ref(t) for t in tensors], plan)
+            self._kept.move_to_end(key)
+            while len(self._kept) > self.most:
+                self._kept.popitem(last=False)
         return plan
 
 

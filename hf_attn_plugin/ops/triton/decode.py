@@ -17,6 +17,7 @@ from hf_attn_plugin.ops.triton.decode_plan import (
     Tile,
     choose_splits,
     choose_tile,
+    derive_anew,
     is_capturing,
     make_plan,
 )
@@ -52,7 +53,8 @@ def triton_decode(
         key: ``[batch, kv_heads, kv_len, head_dim]``, any strides; query head h reads KV head
             ``h // (heads / kv_heads)``.
         value: ``[batch, kv_heads, kv_len, value_dim]``, any strides.
-        pattern: Which pairs attend. Its ``q_offset`` may be a tensor of one entry per batch row.
+        pattern: Which pairs attend. Its ``q_offset`` may be a tensor of one entry per batch row,
+            each below 2**30 in absolute value, which is not checked of one on a GPU.
         scaling: Factor on the scores.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
         sinks: ``[heads]``, one more logit per head in the softmax's denominator, without a value.
@@ -101,7 +103,7 @@ def triton_decode(
         told = tuple((t.shape, t.stride(), t.dtype, t.device) for t in (query, key, value))
         aligned = (key.data_ptr() | value.data_ptr()) % 16  # kernels are compiled for it
         kind = None if sinks is None else sinks.dtype
-        launch = pattern.derive(("decode", told, aligned, scaling, softcap, kind), prepare)
+        launch = derive_anew(pattern, ("decode", told, aligned, scaling, softcap, kind), prepare)
     output, lse = launch(query, key, value, sinks)
     return output.transpose(1, 2), lse
 
@@ -209,7 +211,7 @@ class _Launch:
             split = split_kernel[split_grid](*splitting, **options)
             merge = merge_kernel[merge_grid](*joining, **merge_options)
             if split is not None:  # Triton's interpreter compiles nothing
-                self.compiled.extend((split, merge))
+                self.compiled[:] = (split, merge)  # whichever thread comes first
         return output, lse
 
 

@@ -6,6 +6,8 @@ Nothing here reads a value back from the device. Imports no Triton.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ FAR = 2**30 - 1
 _CHUNK_PAIRS = 2**22
 # A split of fewer keys than this costs more to merge than it saves.
 _MIN_SPLIT_KEYS = 128
+
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +196,25 @@ def is_capturing(device: torch.device) -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
+def derive_anew(pattern: Pattern, key: Hashable, make: Callable[[], T]) -> T:
+    """`Pattern.derive`, and again after a write to a tensor of the pattern, such as a static mask.
+
+    Tensors made under ``torch.inference_mode`` do not tell of writes; for them nothing is kept.
+    """
+    tensors = pattern.derive("tensors", lambda: tuple(pattern.tensors().values()))
+    if not tensors or torch.compiler.is_compiling():
+        return pattern.derive(key, make)
+    if any(tensor.is_inference() for tensor in tensors):
+        return make()
+    versions = tuple(tensor._version for tensor in tensors)
+    kept: list[tuple[tuple[int, ...], T]] = pattern.derive((key, "last"), list)
+    last = kept[-1] if kept else None
+    if last is None or last[0] != versions:
+        last = (versions, make())
+        kept[:] = [last]
+    return last[1]
+
+
 def _pairs(pattern: Pattern, device: torch.device, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """The visible pairs written out, and the key blocks that hold any."""
 
@@ -200,7 +224,7 @@ def _pairs(pattern: Pattern, device: torch.device, block: int) -> tuple[Tensor, 
 
     if is_capturing(device):
         return make(pattern.replace())  # nothing derived before: a replay evaluates it all anew
-    return pattern.derive(("decoded pairs", str(device), block), make)
+    return derive_anew(pattern, ("decoded pairs", str(device), block), make)
 
 
 def _written_out(pattern: Pattern, device: torch.device) -> Tensor:

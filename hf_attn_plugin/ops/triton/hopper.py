@@ -35,7 +35,8 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _HEAD_DIMS = (64, 128)
 # Rows of one warpgroup, in `hopper_pieces`.
 _ROWS = 64
-# From how many keys on a query's run is long: larger tiles then waste little at its ends.
+# From how many keys on a query's run is long: larger tiles then waste little at its ends. The first
+# call on either side compiles its own kernels.
 _LONG_RUN = 2048
 
 

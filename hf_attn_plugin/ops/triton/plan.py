@@ -1,7 +1,9 @@
 """From a pattern to what the kernels read: passes over the tokens, and facts for their masks.
 
 Everything here is data: which kernels are compiled follows from the terms of a pattern alone, so
-that a new length or a new layout of documents compiles nothing.
+that a new length or a new layout of documents compiles nothing. (Tiles differ too: between kinds of
+patterns, `tiles.Shape`, and on Hopper between runs below 2,048 keys and longer ones, so that the
+first call of the other kind compiles once more.)
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from hf_attn_plugin.ops.triton import masks
 from hf_attn_plugin.ops.triton.residues import far_runs
+from hf_attn_plugin.ops.triton.support import MAX_POSITION
 from hf_attn_plugin.ops.triton.work import (
     Runs,
     Split,
@@ -106,12 +109,27 @@ class Plan:
 
     def __init__(self, pattern: Pattern, device: torch.device) -> None:
         # The plan is made on the host, where numpy is; values on the device come over once.
-        host = _plain(_one_offset(pattern.replace(dense=None).to("cpu")))
+        host = pattern.replace(dense=None).to("cpu")
+        _check_positions(host)
+        host = _plain(_one_offset(host))
         self.pattern = host
         if _splits_stride(host):
             self.passes = _strided_passes(host, pattern.dense, device)
         else:
             self.passes = [_natural_pass(host, pattern.dense, device)]
+
+
+def _check_positions(pattern: Pattern) -> None:
+    """Positions that are tensors, by value; `support.refuses_pattern` knows those that are not."""
+    offset = pattern.q_offset
+    given = [pattern.q_positions, pattern.kv_positions]
+    given.append(offset + pattern.q_len if isinstance(offset, Tensor) else None)
+    for positions in given:
+        if positions is not None and positions.numel() and positions.abs().max() > MAX_POSITION:
+            raise ValueError(
+                f"triton_attention: positions must stay below {MAX_POSITION}; number every "
+                "sequence from 0, or use blocked_attention."
+            )
 
 
 def _splits_stride(pattern: Pattern) -> bool:

@@ -49,6 +49,8 @@ def refuses_pattern(pattern: Pattern) -> str | None:
         return f"the decoding kernel takes up to {MAX_QUERIES} queries, not {pattern.q_len}"
     if pattern.kv_len + abs(pattern.kv_offset) > MAX_KEYS:
         return f"the decoding kernel takes up to {MAX_KEYS} keys, not {pattern.kv_len}"
+    if _is_far(pattern):
+        return f"the decoding kernel takes positions below {MAX_KEYS}; number sequences from 0"
     offset = pattern.q_offset
     if isinstance(offset, torch.Tensor) and offset.numel() > 1 and needs_pairs(pattern):
         return (
@@ -56,6 +58,18 @@ def refuses_pattern(pattern: Pattern) -> str | None:
             "numbers make up the pattern; give q_positions and kv_positions instead"
         )
     return None
+
+
+def _is_far(pattern: Pattern) -> bool:
+    """Whether ``q_offset`` does not fit; unknown, and taken to fit, where the device has it."""
+    offset = pattern.q_offset
+    if needs_pairs(pattern) or offset is None:
+        return False
+    if isinstance(offset, torch.Tensor):
+        if offset.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return bool((offset.to(torch.int64).abs() + pattern.q_len > MAX_KEYS).any())
+    return abs(offset) + pattern.q_len > MAX_KEYS
 
 
 def needs_pairs(pattern: Pattern) -> bool:

@@ -20,8 +20,8 @@ FIRST_COUNT, FIRST_BASE, SECOND_BASE = 5, 6, 7
 FULL_RANGES = slice(8, 12)
 COLUMNS = 12
 
-# Four for each of an H100's or H200's multiprocessors; others have nearly as many.
-_SHARES = 4 * 132
+# Eight for each of the 132 multiprocessors of an H100 or H200; others have nearly as many.
+_SHARES = 8 * 132
 # So many slices per batch row are always allowed.
 _FEW_SLICES = 16
 
@@ -115,7 +115,17 @@ class Split:
 
 
 def work_from_visits(visits: Visits, split: Split, device: torch.device) -> Work:
-    """Items whose visits are listed, those that need no mask first."""
+    """Items whose visits are listed, those that need no mask first.
+
+    Raises:
+        ValueError: They are too many for 32-bit numbers.
+    """
+    if len(visits.cols) >= 2**31:
+        raise ValueError(
+            f"triton_attention: the pattern leaves {len(visits.cols)} blocks to list, at most "
+            f"{2**31 - 1} can be: use runs of tokens (causal attention, windows, packed documents, "
+            "padding at the ends) at this length, or shorter sequences."
+        )
     order = np.lexsort((~visits.full, visits.rows))
     counts = np.bincount(visits.rows, minlength=visits.num_rows)
     items = _blank_items(1, visits.num_rows)

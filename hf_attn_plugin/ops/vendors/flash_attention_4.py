@@ -27,6 +27,8 @@ INSTALL = "pip install 'hf-attn-plugin[fa4]'"
 _MIN_QUERIES = 17
 # It takes other multiples of 8 too; these are tested here.
 _HEAD_DIMS = (64, 80, 96, 128, 256)
+# Sinks of other dtypes are refused by an assertion.
+_SINK_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Beyond it, offsets do not fit 32 bits.
 _MAX_ELEMENTS = 2**31
 
@@ -153,7 +155,7 @@ def flash_attention_4(
         pattern: One that `refuses` does not refuse.
         scaling: Factor on the scores.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
-        sinks: ``[heads]``.
+        sinks: ``[heads]``; float64 is rounded to float32.
         need_lse: Whether to return the log-sum-exp.
         deterministic: Whether gradients must be the same bits from run to run, which is slower.
 
@@ -166,12 +168,15 @@ def flash_attention_4(
     """
     mask = built_in(pattern)
     assert isinstance(mask, BuiltIn)
+    if sinks is not None:
+        sinks = sinks.reshape(-1)
+        sinks = sinks if sinks.dtype in _SINK_DTYPES else sinks.float()
     near = None if mask.window is None else mask.window - 1
     options: dict[str, Any] = {
         "softmax_scale": scaling,
         "causal": mask.causal,
         "window_size": (near, 0 if mask.causal and near is not None else near),
-        "learnable_sink": None if sinks is None else sinks.reshape(-1),
+        "learnable_sink": sinks,
         "softcap": softcap or 0.0,
         "return_lse": need_lse,
         "deterministic": deterministic,

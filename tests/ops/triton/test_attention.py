@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -167,6 +168,83 @@ def test_a_wrong_mask_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
             run_case(random.Random(seed), kind, [33], "cpu")
 
 
+SINKS = {
+    "every second": lambda: torch.randn(4)[::2],
+    "one for all": lambda: torch.randn(1).expand(2),
+    "half": lambda: torch.randn(2).half(),
+    "shaped": lambda: torch.randn(1, 2, 1, 1),
+}
+
+
+@in_kernel
+@pytest.mark.parametrize("operator", [False, True], ids=["eager", "operator"])
+@pytest.mark.parametrize("name", SINKS)
+def test_sinks_of_any_layout(name: str, operator: bool) -> None:
+    from hf_attn_plugin.ops.reference import reference_attention
+    from hf_attn_plugin.ops.triton import attention
+
+    leaves = [*some_inputs(20, 20), SINKS[name]()]
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    pattern = Pattern(q_len=20, kv_len=20, window=6)
+
+    def results(function) -> list[torch.Tensor]:
+        output, lse = function(*leaves[:3], pattern, scaling=0.25, sinks=leaves[3])
+        grads = torch.autograd.grad(output.square().sum() + lse.sum(), leaves)
+        return [output.detach(), lse.detach(), *grads]
+
+    def through_operator(q, k, v, pattern, *, scaling, sinks):
+        return attention._forward(q, k, v, sinks, *attention._encode(pattern), scaling, None)
+
+    got = results(through_operator if operator else attention.triton_attention)
+    for ours, want in zip(got, results(reference_attention), strict=True):
+        tolerance = 1e-3 if ours.dtype == torch.float16 else 1e-5
+        torch.testing.assert_close(ours, want, rtol=tolerance, atol=tolerance, check_dtype=False)
+        assert ours.dtype == want.dtype or ours.dtype == torch.float32
+
+
+@in_kernel
+def test_misuse_is_named() -> None:
+    pattern = Pattern(q_len=5, kv_len=5)
+    with pytest.raises(ValueError, match="one sink for each of 2 heads"):
+        attend(pattern, some_inputs(5, 5), sinks=torch.zeros(3))
+    far = torch.arange(5)[None] + 2**31
+    for fields in (dict(q_positions=far, kv_positions=far), dict(q_offset=torch.tensor(2**32))):
+        with pytest.raises(ValueError, match="positions must stay below"):
+            attend(pattern.replace(**fields), some_inputs(5, 5))
+
+
+@in_kernel
+@pytest.mark.parametrize("softcap", [1e-2, 3.0, 1e4, 1e6])
+def test_caps_of_any_size(softcap: float) -> None:
+    """One that hardly caps multiplies every error of a small hyperbolic tangent."""
+    from hf_attn_plugin.ops.reference import reference_attention
+
+    pattern = Pattern(q_len=20, kv_len=20)
+    inputs = some_inputs(20, 20)
+    got = attend(pattern, inputs, softcap=softcap)
+    leaves = [t.double().requires_grad_() for t in inputs]
+    output, lse = reference_attention(*leaves, pattern, scaling=0.25, softcap=softcap)
+    grads = torch.autograd.grad(output.square().sum() + lse.sum(), leaves)
+    for ours, want in zip(got, (output, lse, *grads), strict=True):
+        torch.testing.assert_close(ours.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@in_kernel
+@pytest.mark.parametrize("field", ["key_valid", "q_offset"])
+def test_a_new_pattern_gets_a_new_plan(field: str) -> None:
+    """Writes through numpy leave no trace in a tensor's version."""
+    valid = np.ones((1, 20), dtype=bool)
+    offset = np.zeros((), dtype=np.int64)
+    tensor = torch.from_numpy({"key_valid": valid, "q_offset": offset}[field])
+    inputs = some_inputs(8, 20)
+    before = attend(Pattern(q_len=8, kv_len=20, **{field: tensor}), inputs)
+    valid[:, :7], offset[...] = False, 9
+    after = attend(Pattern(q_len=8, kv_len=20, **{field: tensor}), inputs)
+    fresh = attend(Pattern(q_len=8, kv_len=20, **{field: tensor.clone()}), inputs)
+    assert all(map(torch.equal, after, fresh))
+    assert not torch.equal(before[0], after[0])
+
+
 @in_kernel
 def test_plans_are_found_again() -> None:
     """By numbers and by the identity of tensors; not after a tensor has changed in place."""
@@ -230,6 +308,56 @@ def test_compiled_functions_hold_the_operator() -> None:
         torch.testing.assert_close(got, want)
         grads = [torch.autograd.grad(x.sum(), inputs) for x in (got, want)]
         torch.testing.assert_close(grads[0], grads[1])
+
+
+def packed(*lengths: int) -> Pattern:
+    numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    total = sum(lengths)
+    return Pattern(q_len=total, kv_len=total, q_documents=numbers, kv_documents=numbers)
+
+
+def padded(*kept: int) -> Pattern:
+    valid = torch.arange(kept[0])[None] >= kept[0] - torch.tensor(kept)[:, None]
+    return Pattern(q_len=kept[0], kv_len=kept[0], key_valid=valid)
+
+
+@in_kernel
+@pytest.mark.parametrize(
+    ("pattern", "batch"),
+    [
+        (packed(*[500] * 144, 59072), 1),  # most documents are short
+        (padded(32768, *[6000] * 7), 8),  # one row is long
+        (Pattern(q_len=131072, kv_len=131072, window=64, num_global_tokens=64), 1),
+        (Pattern(q_len=131072, kv_len=131072), 1),
+    ],
+    ids=["documents", "padding", "globals", "causal"],
+)
+@pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])
+def test_slices_need_little_memory(pattern: Pattern, batch: int, of_keys: bool) -> None:
+    """Those of 128 rows in float32 take no more than the result in 16 bits."""
+    from hf_attn_plugin.ops.triton.plan import Plan
+    from hf_attn_plugin.ops.triton.work import Split
+
+    for heads in (1, 8):
+        step = Plan(pattern, torch.device("cpu")).passes[0]
+        work = step.work(128, 128, of_keys=of_keys, split=Split(64, batch * heads))
+        assert 4 * work.num_slots * 128 <= 2 * pattern.q_len
+        if pattern.window is None and heads > 1:
+            assert not work.num_slots
+
+
+@in_kernel
+def test_work_that_would_hold_up_the_rest_is_split() -> None:
+    """A first token that all see keeps no program busy for as long as all others take."""
+    from hf_attn_plugin.ops.triton.plan import Plan
+    from hf_attn_plugin.ops.triton.work import BEGIN, END, Split
+
+    pattern = Pattern(q_len=65536, kv_len=65536, window=64, num_global_tokens=1)
+    step = Plan(pattern, torch.device("cpu")).passes[0]
+    work = step.work(64, 64, of_keys=True, split=Split(16, 8))
+    visits = work.items[0, :, END] - work.items[0, :, BEGIN]
+    assert work.num_splits == 1 and 1024 // 70 <= work.num_slots <= 1024 // 16
+    assert int(visits.max()) <= 70 and int(visits.sum()) > 2 * 1024
 
 
 @pytest.mark.parametrize(

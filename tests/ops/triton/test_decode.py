@@ -6,10 +6,13 @@ imported: `test_through_the_interpreter` runs this file again, in a process of i
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -254,6 +257,77 @@ def test_blocks_without_pairs_are_not_read() -> None:
         tensor[1, :, : 4 * block] = float("nan")
     got, _ = decode(query, key, value, pattern, scaling=0.25)
     assert (got - want).abs().max() < 1e-5
+
+
+@in_kernel
+@pytest.mark.parametrize(
+    "terms",
+    [dict(stride=4), dict(window=3), dict(window=3, num_sink_tokens=1, num_global_tokens=3)],
+    ids=str,
+)
+def test_keys_before_the_first_position(terms: dict[str, int]) -> None:
+    """They are first tokens where there are such, and nothing else."""
+    pattern = Pattern(q_len=2, kv_len=17, kv_offset=-2, **terms)
+    assert_right(normal(1, 2, 2, 16), normal(1, 1, 17, 16), normal(1, 1, 17, 16), pattern)
+
+
+@in_kernel
+@pytest.mark.parametrize("sink_tokens", [0, 2])  # a mask, a list of blocks
+def test_masks_that_grow_in_place(sink_tokens: int) -> None:
+    """The mask of a static cache: the same tensor, the same pattern."""
+    query, key, value = normal(1, 2, 1, 16), normal(1, 1, 90, 16), normal(1, 1, 90, 16)
+    valid = torch.zeros(1, 90, dtype=torch.bool, device=DEVICE)
+    valid[:, 80:] = True
+    pattern = Pattern(q_len=1, kv_len=90, key_valid=valid, num_sink_tokens=sink_tokens, window=70)
+    before, _ = assert_right(query, key, value, pattern)
+    valid[:, 40:] = True
+    after, _ = assert_right(query, key, value, pattern)
+    assert (after - before).abs().max() > 1e-3
+    again = decode(query, key, value, pattern, scaling=0.25)
+    assert torch.equal(again[0], after)
+
+
+@in_kernel
+def test_threads_that_share_a_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas of a model on one GPU: whoever compiles last, both kernels are kept once."""
+    module = importlib.import_module("hf_attn_plugin.ops.triton.decode")
+    started = threading.Barrier(4, timeout=30)
+
+    class Compiled:
+        def __getitem__(self, grid: object):
+            return lambda *arguments: None
+
+    class Slow:
+        def __getitem__(self, grid: object):
+            def run(*arguments: object, **options: object) -> Compiled:
+                started.wait()  # all four are in their first call
+                return Compiled()
+
+            return run
+
+    for name in ("split_kernel", "merge_kernel"):
+        monkeypatch.setattr(module, name, Slow())
+    query, key, pattern = normal(1, 1, 1, 16), normal(1, 1, 64, 16), Pattern(q_len=1, kv_len=64)
+
+    def steps(_: int) -> None:
+        with torch.no_grad():
+            for _ in range(3):
+                decode(query, key, key, pattern, scaling=0.25)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(steps, range(4)))) == 4
+
+
+@in_kernel
+@pytest.mark.parametrize(
+    "offset", [2**31 + 3, torch.tensor(2**32 + 4), torch.tensor([5, -(2**30)])]
+)
+def test_positions_that_would_wrap_are_refused(offset: int | torch.Tensor) -> None:
+    query, key = normal(2, 1, 1, 16), normal(2, 1, 20, 16)
+    pattern = Pattern(q_len=1, kv_len=20, q_offset=offset, window=5)
+    with pytest.raises(ValueError, match=f"positions below {2**30}"):
+        decode(query, key, key, pattern, scaling=0.25)
+    assert "positions below" in (decode_refuses(pattern, call(batch=2)) or "")
 
 
 @in_kernel
