@@ -69,11 +69,18 @@ def attention_weights_wanted() -> bool:
 def recurrent_layers(config: Any) -> list[str]:
     """The kinds of a model's layers that carry a state instead of keys and values, if any.
 
-    Read from the kind of cache that transformers keeps for each; goes when configs say it.
+    Read from the kind of cache that transformers keeps for each; goes when configs say it. 5.17
+    knows RecurrentGemma's layers by another name and keeps their state outside of caches.
     """
     from transformers import cache_utils
 
-    kinds = dict.fromkeys(getattr(config, "layer_types", None) or ())
+    kinds = dict.fromkeys(
+        getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    )
     stateful = cache_utils.LinearAttentionCacheLayerMixin
     caches = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING
-    return [kind for kind in kinds if issubclass(caches.get(kind, object), stateful)]
+    return [
+        kind
+        for kind in kinds
+        if kind == "recurrent" or issubclass(caches.get(kind, object), stateful)
+    ]
