@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugin.integrations.wrapping import unwrap, wrap
-from hf_attn_plugin.patterns.documents import begin_again, restarts
+from hf_attn_plugin.patterns.documents import begin_again, numbers_tokens, restarts
 
 _POSITIONS = "_hf_attn_plugin_positions"
 _BY_LENGTHS = "_hf_attn_plugin_by_lengths"
 _DOCUMENTS = "_hf_attn_plugin_documents"
+_NO_PADDING = "_hf_attn_plugin_no_padding"
 
 OWN_MASKS = frozenset({"modeling_blt", "modeling_glm5_next", "modeling_kosmos2"})
 """Modeling files of decoders that draw masks by themselves (BLT of its patches) and ask nothing."""
@@ -72,14 +73,18 @@ def told_positions(attention_mask: Any, position_ids: Tensor | None) -> Tensor |
     return position_ids
 
 
-def put_documents_on(attention_mask: Tensor, documents: Tensor) -> Tensor:
-    """The mask with the documents ``[batch, kv_length]`` on it.
+def put_documents_on(attention_mask: Tensor | None, documents: Tensor) -> Tensor:
+    """The mask, or one made to carry them, with the documents ``[batch, kv_length]`` on it.
 
     Transformers would take them as a term of the mask only along with ``position_ids``.
     """
-    attention_mask = attention_mask.view_as(attention_mask)
-    setattr(attention_mask, _DOCUMENTS, documents)
-    return attention_mask
+    if attention_mask is None:
+        mask = documents.new_ones(documents.shape, dtype=torch.bool)
+    else:
+        mask = attention_mask.view_as(attention_mask)
+    setattr(mask, _DOCUMENTS, documents)
+    setattr(mask, _NO_PADDING, attention_mask is None)
+    return mask
 
 
 def documents_on(attention_mask: Any) -> Tensor | None:
@@ -87,11 +92,16 @@ def documents_on(attention_mask: Any) -> Tensor | None:
     return getattr(attention_mask, _DOCUMENTS, None)
 
 
+def masks_nothing(attention_mask: Any) -> bool:
+    """Whether `put_documents_on` made this mask, so that it says nothing of padding."""
+    return bool(getattr(attention_mask, _NO_PADDING, False))
+
+
 def _telling(original: Callable[..., Any], names: frozenset[str]) -> Callable[..., Any]:
     order = list(inspect.signature(original).parameters)[1:]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.config._attn_implementation in names:
+        if self.config._attn_implementation in names and numbers_tokens(self.config):
             by_name = {**dict(zip(order, args, strict=False)), **kwargs}
             mask = _mask_with_positions(self, by_name, names)
             if mask is not None:
@@ -148,11 +158,11 @@ def _mask_with_positions(
             told = "position_ids, of which torch.compile cannot tell whether they start again"
         raise ValueError(_DRAWS.format(type(model).__name__, told))
     if mask is None:
+        seen = past + length
         if compiling and hasattr(cache, "get_seq_length"):
-            past = cache.get_seq_length()
-            if isinstance(past, Tensor):  # a static cache that has begun; eager goes on likewise
-                return None
-        mask = positions.new_ones(tokens.shape[0], past + length)
+            past = cache.get_seq_length()  # a number that the graph holds, or a static cache's own
+            seen = cache.get_max_length() if isinstance(past, Tensor) else past + length
+        mask = positions.new_ones(tokens.shape[0], seen)
     mask = mask.view_as(mask)  # the caller's tensor stays as it is
     setattr(mask, _POSITIONS, positions)
     setattr(mask, _BY_LENGTHS, isinstance(lengths, Tensor))

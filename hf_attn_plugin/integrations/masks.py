@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from hf_attn_plugin.integrations.forward_positions import documents_on
+from hf_attn_plugin.integrations.forward_positions import documents_on, masks_nothing
+from hf_attn_plugin.ops.triton.decode_plan import is_capturing
 from hf_attn_plugin.patterns import Pattern, PatternMask
 
 MaskFunction = Callable[..., Any]
@@ -81,20 +82,22 @@ def pattern_mask(
         )
         return mask
 
+    told = documents_on(attention_mask)
+    if masks_nothing(attention_mask):
+        attention_mask = None
     terms = _Terms()
     known = not torch.compiler.is_compiling() and _read(mask_function, terms)
-    # Positions that start again mean documents only where attention looks back.
-    if terms.documents is None and terms.causal:
-        terms.documents = documents_on(attention_mask)
+    if terms.documents is None:
+        terms.documents = told
     # Left to the dense mask: a window that is open towards the end, and the empty one that models
     # with their windows switched off make and never use.
     if terms.band is not None and (not terms.causal or terms.band < 1):
         known = False
-    key_valid, kv_ranks = _padding(attention_mask, kv_length, kv_offset)
+    end = q_offset + q_length if known and terms.causal else None
+    key_valid, kv_ranks = _padding(attention_mask, kv_length, kv_offset, end)
     if not known:
-        both_ways = mask_function is masking_utils.bidirectional_mask_function
-        # What `dense` knows nothing of.
-        told = None if both_ways else documents_on(attention_mask)
+        if told is None and not torch.compiler.is_compiling():
+            told = _packed(mask_function)  # `dense` has them; first tokens are counted by them
         pattern = Pattern(
             q_len=q_length,
             kv_len=kv_length,
@@ -138,11 +141,12 @@ def pattern_mask(
 
 
 def _padding(
-    attention_mask: Tensor | None, kv_length: int, kv_offset: int
+    attention_mask: Tensor | None, kv_length: int, kv_offset: int, end: int | Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Which of this layer's keys are valid, and their ranks where the layer dropped the first keys.
 
-    The 2D mask covers every token seen; a rolling window layer holds only the last ones.
+    The 2D mask covers every token seen; a rolling window layer holds only the last ones. ``end`` is
+    one after the last query, where nothing sees further than itself.
     """
     if attention_mask is None:
         return None, None
@@ -153,7 +157,13 @@ def _padding(
         )
     valid = attention_mask.bool()
     missing = kv_length + kv_offset - valid.shape[1]
+    looks = not torch.compiler.is_compiling() and not is_capturing(valid.device)
     if missing > 0:
+        # What it does not cover of a static cache are places after the last query.
+        if looks and end is not None and kv_offset == 0:
+            covered = torch.as_tensor(end <= valid.shape[1], device=valid.device)
+            if bool((covered & valid.all()).all()):
+                return None, None
         valid = torch.nn.functional.pad(valid, (0, missing))
     window = slice(kv_offset, kv_offset + kv_length)
     ranks = None
@@ -161,7 +171,7 @@ def _padding(
         counted = valid.to(torch.int64)
         ranks = (counted.cumsum(1) - counted)[:, window]
     valid = valid[:, window]
-    if not torch.compiler.is_compiling() and bool(valid.all()):
+    if looks and bool(valid.all()):
         return None, ranks
     return valid, ranks
 
@@ -235,6 +245,16 @@ def _read(function: MaskFunction, terms: _Terms) -> bool:
         terms.chunk = (cells["chunk_size"], cells["left_padding"])
         return True
     return False
+
+
+def _packed(function: MaskFunction) -> Tensor | None:
+    """The packed documents that a mask function keeps apart, whatever else it asks for."""
+    maker, cells = _maker(function), _cells(function)
+    if maker == "packed_sequence_mask_function":
+        documents: Tensor = cells["packed_sequence_mask"]
+        return documents.to(torch.int64)
+    parts = cells["mask_functions"] if maker == "and_masks" else ()
+    return next((found for found in map(_packed, parts) if found is not None), None)
 
 
 def _maker(function: MaskFunction) -> str | None:

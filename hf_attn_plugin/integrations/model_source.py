@@ -99,9 +99,10 @@ def _reads_tokens(config_class: Any) -> bool:
 
 
 def _builds_other_families(module: ModuleType) -> bool:
-    """Whether a modeling file takes classes from other families, or makes any through AutoModel."""
+    """Whether a modeling file takes classes from other families, or makes any by their configs."""
     source = inspect.getsource(module)
-    return bool(re.search(r"^from \.\.\w+\.modeling_|\bAutoModel", source, re.MULTILINE))
+    made = r"^from \.\.\w+\.modeling_|\bAutoModel|\bload_backbone\("
+    return bool(re.search(made, source, re.MULTILINE))
 
 
 def _names_other_families(model_class: Any, sources: dict[str, str]) -> bool:

@@ -25,10 +25,17 @@ from hf_attn_plugin.patterns.documents import (
     CONTINUED,
     begin_again,
     number_in_cache,
+    numbers_tokens,
     restarts,
 )
+from hf_attn_plugin.patterns.refusal import refuse_where
 
 _FUNCTION = "_preprocess_mask_arguments"
+_ONE_DOCUMENT = "_hf_attn_plugin_one_document"
+_OF_SEVERAL = (
+    "the cache holds packed documents, of which the first has {} tokens, and tokens after it would "
+    "attend to all of them. Cache each document as a batch row of its own."
+)
 
 
 def install(names: frozenset[str]) -> None:
@@ -83,24 +90,59 @@ def _separating(original: Callable[..., Any], names: frozenset[str]) -> Callable
         ready, valid, documents, q_length, kv_length, q_offset, kv_offset = found
         if config._attn_implementation not in names or ready:
             return found
-        if isinstance(attention_mask, PatternMask):  # made before, with the documents in it
+        if isinstance(attention_mask, PatternMask) or not numbers_tokens(config):
+            return found  # made before, with the documents in it, or there are none
+        if len(args) + len(kwargs) > 1:  # masks that look both ways name the encoder's states too
             return found
         positions = told_positions(attention_mask, position_ids)
-        if torch.compiler.is_compiling():
-            told = _unseen(positions, valid, q_length, kv_length, q_offset, kv_offset)
-            documents = documents if told is None else told
+        rows, compiling = inputs_embeds.shape[0], torch.compiler.is_compiling()
+        device, slots = inputs_embeds.device, kv_offset + kv_length
+        valid = _of_one_document(past_key_values, q_offset, valid, (rows, slots), device)
+        if compiling:
+            valid, documents = _unseen(positions, valid, q_length, kv_length, q_offset, kv_offset)
         else:
             documents = _documents(positions, valid, q_length, kv_length, q_offset, kv_offset)
-        if documents is not None:  # transformers looks them up by batch row
-            documents = documents.expand(inputs_embeds.shape[0], -1)
-            in_cache = torch.compiler.is_compiling() and q_length != kv_length
-            if valid is None and in_cache:
-                valid = documents.new_ones(documents.shape, dtype=torch.bool)
-            if position_ids is None or in_cache:
+            _remember(past_key_values, q_offset, documents)
+        if documents is not None:
+            documents = documents.expand(rows, -1)  # transformers looks them up by batch row
+            if position_ids is None or compiling:  # it cannot, or could not be read again
                 valid, documents = put_documents_on(valid, documents), None
         return ready, valid, documents, q_length, kv_length, q_offset, kv_offset
 
     return preprocess
+
+
+def _remember(cache: Any, q_offset: int | Tensor, documents: Tensor | None) -> None:
+    """Keep with a cache, as it begins, how many of its tokens are of one document; or forget it."""
+    if cache is None or (documents is None and not hasattr(cache, _ONE_DOCUMENT)):
+        return
+    if int(q_offset) > 0:
+        return
+    if documents is not None:
+        of_first = (documents == documents[:, :1]).sum(1).min()
+        setattr(cache, _ONE_DOCUMENT, int(of_first))
+    else:
+        delattr(cache, _ONE_DOCUMENT)
+
+
+def _of_one_document(
+    cache: Any, q_offset: int | Tensor, valid: Any, shape: tuple[int, int], device: torch.device
+) -> Any:
+    """The mask, where what is cached is one document; the row may have been cropped to its first.
+
+    A cache that began in a compiled graph does not tell, since no value was looked at there.
+    """
+    known = getattr(cache, _ONE_DOCUMENT, None)
+    if known is None:
+        return valid
+    wrong = q_offset > known
+    if not isinstance(wrong, Tensor):
+        if not wrong:
+            return valid
+        wrong = torch.ones((), dtype=torch.bool, device=device)
+    if valid is None:
+        valid = torch.ones(shape, dtype=torch.bool, device=device)
+    return refuse_where(wrong, _OF_SEVERAL.format(known), valid)
 
 
 def _documents(
@@ -147,18 +189,30 @@ def _unseen(
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor,
-    kv_offset: int | Tensor,
-) -> Tensor | None:
-    """`_documents` where no value may be looked at: what restarts over a cache is not refused.
-
-    A window's cache that rolls has no slot per token, and its documents are not told.
-    """
+    kv_offset: int,
+) -> tuple[Any, Tensor | None]:
+    """The mask, and `_documents`, where no value may be looked at before the graph runs."""
     if positions is None or positions.shape[-1] != q_length or q_length < 2:
-        return None
-    if not isinstance(kv_offset, int) or kv_offset != 0:
-        return None
+        return valid, None
     real = valid.bool() if isinstance(valid, Tensor) and valid.ndim == 2 else None
+    begun = None  # rows of which anything is cached; of a new dynamic cache that is known
+    if isinstance(q_offset, Tensor) or q_offset > 0:
+        slots = q_length + kv_length if real is None else real.shape[1]
+        cached = torch.arange(slots, device=positions.device)[None] < q_offset
+        begun = (cached if real is None else cached & real).any(1)
     if real is not None:
         index = torch.arange(q_length, device=real.device) + q_offset
         real = real[:, index.clamp(max=real.shape[1] - 1)]
-    return number_in_cache(restarts(positions, real), q_offset, kv_length)
+    starts = restarts(positions, real)
+    documents = None
+    if isinstance(kv_offset, int) and kv_offset == 0:
+        documents = number_in_cache(starts, q_offset, kv_length)
+    if begun is None:
+        return valid, documents
+    continued = (starts.any(1) & begun) | begin_again(positions, real, begun)
+    if documents is not None:
+        return valid, refuse_where(continued, CONTINUED, documents)
+    # A window's cache that rolls has begun, so that there is one document.
+    if valid is None:
+        valid = positions.new_ones(positions.shape[0], kv_offset + kv_length).bool()
+    return refuse_where(continued, CONTINUED, valid), None

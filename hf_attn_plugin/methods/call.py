@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from hf_attn_plugin.compat import attention_weights_wanted, update_paged_cache
 from hf_attn_plugin.config import ConfigT, parameters_of
 from hf_attn_plugin.methods.counting import is_counted, record
-from hf_attn_plugin.methods.packing import refuse_packed_states, with_lengths, with_restarts
+from hf_attn_plugin.methods.packing import (
+    keep_states_apart,
+    refuse_packed_states,
+    with_lengths,
+    with_restarts,
+)
 from hf_attn_plugin.ops import attention
 from hf_attn_plugin.ops.reads import nbytes
 from hf_attn_plugin.patterns import Pattern, PatternMask
+from hf_attn_plugin.patterns.documents import numbers_tokens
 
 T = TypeVar("T")
 
@@ -318,6 +324,8 @@ def _pattern(
     positions = extra.get("position_ids")
     if isinstance(mask, Tensor) and mask.ndim == 4:  # the caller's own, and the whole truth
         return pattern
+    if not numbers_tokens(getattr(module, "config", None)):
+        positions = None
     if isinstance(positions, Tensor) and positions.ndim in (2, 3) and positions.shape[-1] == q_len:
         one_way = pattern.causal or (pattern.dense is not None and _is_causal(module, extra))
         made = once(
@@ -327,10 +335,7 @@ def _pattern(
             lambda: with_restarts(pattern, positions) if one_way else None,
         )
         pattern = pattern if made is None else made
-    unknown = torch.compiler.is_compiling() and kv_len != q_len  # a prefill in chunks, as a rule
-    if pattern.q_documents is not None and not unknown:
-        refuse_packed_states(method, module, extra)
-    return pattern
+    return keep_states_apart(pattern, method, module, extra)
 
 
 def _pattern_of_tensor(

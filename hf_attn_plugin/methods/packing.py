@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from hf_attn_plugin.compat import recurrent_layers
 from hf_attn_plugin.patterns import Pattern
-from hf_attn_plugin.patterns.documents import CONTINUED, begin_again, restarts
+from hf_attn_plugin.patterns.documents import (
+    CONTINUED,
+    begin_again,
+    number_in_cache,
+    restarts,
+)
+from hf_attn_plugin.patterns.refusal import refuse_where
 
 _CONV, _SCAN, _DELTA = "causal_conv1d", "mamba_ssm", "fla"
 _SEQ_IDX = ("seq_idx",)
@@ -38,23 +44,47 @@ def refuse_packed_states(method: str, module: nn.Module, extra: dict[str, Any]) 
     Attention keeps documents apart; the state of the layers beside it runs on, except in kernels
     that read ``seq_idx`` or ``cu_seq_lens_q``.
     """
+    refusal = _mixes_states(method, module, extra)
+    if refusal is not None:
+        raise ValueError(refusal)
+
+
+def keep_states_apart(
+    pattern: Pattern, method: str, module: nn.Module, extra: dict[str, Any]
+) -> Pattern:
+    """`refuse_packed_states` where the pattern holds more than one document.
+
+    Under torch.compile every pattern has numbers of documents, and the graph looks at them.
+    """
+    documents = pattern.q_documents
+    refusal = None if documents is None else _mixes_states(method, module, extra)
+    if documents is None or refusal is None:
+        return pattern
+    if not torch.compiler.is_compiling():
+        raise ValueError(refusal)
+    several = documents != documents[:, :1]
+    return pattern.replace(q_documents=refuse_where(several, refusal, documents))
+
+
+def _mixes_states(method: str, module: nn.Module, extra: dict[str, Any]) -> str | None:
+    """Why recurrent layers beside this one would not keep packed documents apart, if so."""
     config = getattr(module, "config", None)
     kinds = recurrent_layers(config)
     if not kinds:
-        return
+        return None
     model_type = getattr(config, "model_type", None)
     arguments, packages = RECURRENT_PACKING.get(str(model_type), ((), ()))
     missing = [name for name in arguments if extra.get(name) is None]
     absent = [name for name in packages if find_spec(name) is None]
     if arguments and not missing and not absent:
-        return
+        return None
     can = ""
     if arguments:
         can = (
             f", or pass {' and '.join(arguments)} too (DataCollatorWithFlattening makes them) and "
             f"have {' and '.join(packages)} installed, whose kernels read them"
         )
-    raise ValueError(
+    return (
         f"attn_implementation={method!r} keeps packed documents apart, but this model "
         f"({model_type}) also has {' and '.join(map(repr, kinds))} layers, whose state runs on "
         "from one document into the next: they are not told. Pass each document as a batch row of "
@@ -74,9 +104,9 @@ def with_restarts(pattern: Pattern, positions: Tensor) -> Pattern | None:
     compiling = torch.compiler.is_compiling()  # then no value may be looked at
     valid = pattern.key_valid
     empty = pattern.kv_len - pattern.q_len
+    if empty and compiling:
+        return _restarts_unseen(pattern, positions)
     if empty:
-        if compiling:
-            return None
         start = pattern.first_query - pattern.kv_offset
         valid = None if valid is None else valid[:, start : start + pattern.q_len]
     starts = restarts(positions, valid)
@@ -91,6 +121,27 @@ def with_restarts(pattern: Pattern, positions: Tensor) -> Pattern | None:
         # The slots of a static cache that nothing was written to belong to no document.
         kv_documents = torch.nn.functional.pad(documents, (0, empty), value=pattern.q_len)
     return pattern.replace(q_documents=documents, kv_documents=kv_documents)
+
+
+def _restarts_unseen(pattern: Pattern, positions: Tensor) -> Pattern:
+    """`with_restarts` over a cache, where no value may be looked at before the graph runs."""
+    start: int | Tensor = pattern.kv_len - pattern.q_len
+    if pattern.q_offset is not None:
+        start = pattern.q_offset - pattern.kv_offset
+    index = torch.arange(pattern.kv_len, device=positions.device)
+    cached = (index < start)[None]
+    valid = pattern.key_valid
+    if valid is not None:
+        cached = cached & valid
+        valid = valid[:, start + torch.arange(pattern.q_len, device=valid.device)]
+    starts = restarts(positions, valid)
+    begun = cached.any(1)
+    wrong = (starts.any(1) & begun) | begin_again(positions, valid, begun)
+    documents = number_in_cache(starts, start, pattern.kv_len)
+    return pattern.replace(
+        q_documents=starts.to(torch.int64).cumsum(1),
+        kv_documents=refuse_where(wrong, CONTINUED, documents),
+    )
 
 
 def _seen(pattern: Pattern, start: int, rows: int) -> Tensor:

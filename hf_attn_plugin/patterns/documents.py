@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,25 +24,21 @@ def restarts(positions: Tensor, valid: Tensor | None = None) -> Tensor:
         valid: bool ``[batch or 1, tokens]``, False at padding; None where there is none.
 
     Returns:
-        bool ``[batch or 1, tokens]``, True at the first token of every document but the first. A
-        row in which no position goes on upwards is not numbered at all (some models pass zeros),
-        and has none.
+        bool ``[batch or 1, tokens]``, True at the first token of every document but the first.
+        Zeros throughout are documents of one token each, as in transformers' own masks.
     """
     if positions.ndim == 3 and positions.shape[0] == 4:
         positions = positions[0]
     follows = _follows(positions, valid)
     if positions.ndim == 3:
-        starts = (positions == 0).all(0) & follows
-    else:
-        starts = _not_upwards(positions, valid) & follows
-    return starts & (follows & ~starts).any(1, keepdim=True)
+        return (positions == 0).all(0) & follows
+    return _not_upwards(positions, valid) & follows
 
 
 def begin_again(positions: Tensor, valid: Tensor | None, cached: Tensor) -> Tensor:
     """Rows whose first new token is at position 0 although earlier tokens of theirs are cached.
 
-    A row of which nothing but padding is cached may begin there, and a row that is not numbered at
-    all says nothing.
+    A row of which nothing but padding is cached may begin there.
 
     Args:
         positions: Of the new tokens, as in `restarts`.
@@ -55,8 +53,15 @@ def begin_again(positions: Tensor, valid: Tensor | None, cached: Tensor) -> Tens
     follows = _follows(positions, valid)
     first = ~follows if valid is None else valid & ~follows
     at_zero = positions == 0 if positions.ndim == 2 else (positions == 0).all(0)
-    numbered = follows & ((positions > 0) if positions.ndim == 2 else (positions > 0).any(0))
-    return (first & at_zero).any(1) & numbered.any(1) & cached.to(positions.device)
+    return (first & at_zero).any(1) & cached.to(positions.device)
+
+
+def numbers_tokens(config: Any) -> bool:
+    """Whether ``position_ids`` number the tokens in models of this config.
+
+    Decision Transformer gives its GPT-2 zeros, and adds what it knows of time by itself.
+    """
+    return getattr(config, "model_type", None) != "decision_transformer"
 
 
 def number_in_cache(starts: Tensor, first: int | Tensor, kv_length: int) -> Tensor:

@@ -186,8 +186,9 @@ class Pattern:
         """The pattern with its tensors on ``device``; itself when nothing moves."""
         if device is None:
             return self
-        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        if all(moved[name] is tensor for name, tensor in self.tensors().items()):
+        tensors = self.derive("fields", self.tensors)  # every layer asks
+        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+        if all(moved[name] is tensor for name, tensor in tensors.items()):
             return self
         return self.replace(**moved)
 

@@ -131,14 +131,12 @@ def _of_positions(positions: Tensor, valid: list[list[bool]]) -> list[list[int]]
 
 
 def _documents_at_zeros(positions: list[int], valid: list[bool]) -> list[int]:
-    """Rows with nothing but zeros behind their first token are not numbered at all."""
-    number, begun, counted, found = 0, False, False, []
+    number, begun, found = 0, False, []
     for position, real in zip(positions, valid, strict=True):
         number += real and begun and position == 0
-        counted = counted or (real and begun and position != 0)
         begun = begun or real
         found.append(number)
-    return found if counted else [0] * len(found)
+    return found
 
 
 def _documents(positions: list[int], valid: list[bool]) -> list[int]:

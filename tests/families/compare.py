@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -20,6 +19,21 @@ from families.catalogue import (
 )
 from families.inputs import LENGTH, is_text, model_inputs
 from families.odd import MIXED_DOCUMENTS, PADDING_IS_CONTENT, TEXT_TOWERS
+from families.result import (
+    ABSENT,
+    AS_EAGER,
+    AS_SDPA,
+    BROKEN,
+    BY_LENGTHS,
+    BYPASSING,
+    EMPTY,
+    EQUAL,
+    NOT_BUILT,
+    PART_EQUAL,
+    REFUSED,
+    WHOLE_REFUSED,
+    Result,
+)
 from families.running import (
     Differs,
     build,
@@ -45,47 +59,6 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 CONTROL = 1e-4
 DOCUMENTS = [5, 3, 4]
 
-EQUAL, REFUSED, BYPASSING, EMPTY = "equal", "refused", "bypassing", "no attention"
-NOT_BUILT, BROKEN = "not built", "broken"
-AS_EAGER, AS_SDPA = "as eager", "as sdpa"
-BY_LENGTHS, ABSENT = "equal by cu_seq_lens", "-"
-GOOD = (EQUAL, REFUSED, BYPASSING, EMPTY, NOT_BUILT)
-CHECKS = ("left", "right", "packed", "dynamic", "static", "checkpointing")
-
-
-@dataclasses.dataclass
-class Result:
-    """What became of one architecture.
-
-    Attributes:
-        architecture: The model type.
-        model_class: The class that was compared.
-        outcome: One of `GOOD`, or ``broken``: something else was computed, or a raw error raised.
-        outputs: Largest error of an output, relative to its largest value.
-        gradients: Largest error of a parameter's gradient, relative to the largest of its module.
-        control: The error that a mask wrong in one key per query makes in the outputs.
-        checks: By name of the check: ``equal``, ``refused: why``, ``as eager`` (documents see each
-            other, as in eager attention), ``as sdpa`` (eager computes with its own rows of
-            padding), ``equal by cu_seq_lens`` (documents are told apart by these and not by
-            position_ids) or ``-`` (eager cannot do it either).
-        message: Why it was refused or not built, or what broke.
-        note: What else is worth knowing.
-        precision: The dtype of the comparison.
-        versions: Of transformers and torch.
-    """
-
-    architecture: str
-    model_class: str = ""
-    outcome: str = ""
-    outputs: float | None = None
-    gradients: float | None = None
-    control: float | None = None
-    checks: dict[str, str] = dataclasses.field(default_factory=dict)
-    message: str = ""
-    note: str = ""
-    precision: str = ""
-    versions: str = ""
-
 
 def sweep(architecture: str) -> Result:
     """Compare one architecture, from its construction on."""
@@ -98,15 +71,31 @@ def sweep(architecture: str) -> Result:
             eager = eager_model(architecture)
         dtype = torch.float64
         result.model_class = type(eager).__name__
-        if architecture in TEXT_TOWERS:
-            result.note = f"only its part that reads text, {result.model_class}, is compared"
         with double_precision(dtype):
             _compare(eager, result, dtype)
+        if architecture in TEXT_TOWERS:
+            _of_the_part_alone(architecture, result)
     except CannotBuildError as error:
         _without_a_model(architecture, result, error)
     except Differs as error:
         result.outcome, result.message = BROKEN, one_line(str(error), 400)
     return result
+
+
+def _of_the_part_alone(architecture: str, result: Result) -> None:
+    """What the comparison of a part says of the whole, which is not made."""
+    whole = model_classes(architecture)[0]
+    part = f"its part that reads text, {result.model_class}"
+    if result.outcome == EMPTY:  # says nothing of the parts beside it
+        result.outcome, result.message = NOT_BUILT, f"{part}, holds no attention"
+    elif result.outcome == EQUAL:
+        result.outcome = PART_EQUAL
+        result.message = f"only {part}, is compared"
+        try:
+            refuse_bypassing(whole, METHOD)
+        except ValueError as refusal:
+            result.outcome = WHOLE_REFUSED
+            result.message += f"; the whole: {one_line(str(refusal), 300)}"
 
 
 def _settled_by_source(architecture: str, result: Result) -> bool:
@@ -144,6 +133,7 @@ def _without_a_model(architecture: str, result: Result, error: CannotBuildError)
 def _compare(eager: Any, result: Result, dtype: torch.dtype) -> None:
     architecture = result.architecture
     result.precision = str(dtype).removeprefix("torch.")
+    agreed = EQUAL
     try:
         ours = build(type(eager), eager.config, METHOD)
     except ValueError as error:
@@ -160,7 +150,11 @@ def _compare(eager: Any, result: Result, dtype: torch.dtype) -> None:
         ours = _text_part_only(eager)
         if ours is None:
             return
-        result.outcome, result.note = "", "only its text part; the rest computes its own attention"
+        agreed, result.outcome, result.note = WHOLE_REFUSED, "", ""
+        result.message = (
+            f"compared with the name for its text part ({_text_class(eager)}) alone, "
+            f"attn_implementation={{'text_config': {METHOD!r}}}; for the whole: {message}"
+        )
     except Exception as error:
         raise Differs(f"construction: {one_line(error)}") from error
     ours.load_state_dict(eager.state_dict())
@@ -203,7 +197,7 @@ def _compare(eager: Any, result: Result, dtype: torch.dtype) -> None:
         if result.checks["packed"] == AS_EAGER:
             result.note = MIXED_DOCUMENTS[architecture]
     result.checks["checkpointing"] = _checkpointing(eager, ours, inputs, dtype)
-    result.outcome = EQUAL
+    result.outcome = agreed
 
 
 def _judge(what: str, error: float, dtype: torch.dtype) -> None:
@@ -487,3 +481,10 @@ def _text_part_only(eager: Any) -> Any:
     with contextlib.suppress(Exception):
         return build(type(eager), eager.config, {"": "eager", "text_config": METHOD})
     return None
+
+
+def _text_class(model: Any) -> str:
+    """The class of the part of a composite that has its text config."""
+    text = model.config.get_text_config()
+    parts = [m for m in model.modules() if getattr(m, "config", None) is text]
+    return type(parts[0]).__name__ if parts else "its language model"

@@ -37,6 +37,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v2": _ROUTED,
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _ROPE}}},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_vl": {"text_config": {"layer_types": ["conv", "full_attention"]}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "blt": {"encoder_hash_byte_group_vocab": 50, "num_hidden_layers": 2,
             "encoder_config": {"hidden_size_global": 32},
@@ -88,6 +90,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "sam_hq": _SEGMENTER,
     "sapiens2": {"num_key_value_heads_per_layer": [4, 2]},
     "step3p7": {"text_config": {"sliding_window": 5}},
+    "sam3_lite_text_text_model": {"num_hidden_layers": 3},  # convolutions around
 }  # fmt: skip
 
 # Families whose activations grow without bound under the usual weights: smaller ones.
@@ -96,6 +99,10 @@ GAINS: dict[str, float] = {"mobilebert": 0.5}
 # Models in which packed documents mix outside attention, as they do in eager, each with the reason.
 MIXED_DOCUMENTS: dict[str, str] = {
     "mobilebert": "its embeddings join every token with its neighbours, of other documents too",
+    **dict.fromkeys(
+        ["sam3_lite_text", "sam3_lite_text_text_model"],
+        "convolutions over the text join every token with its neighbours, of other documents too",
+    ),
 }
 
 # Models that compute with their rows of padding. Eager attention averages all keys in a row that
@@ -134,6 +141,7 @@ TEXT_TOWERS: dict[str, str] = {
 _TIMM = "its image backbone needs timm, which is no dependency of ours; reads no text"
 _DETECTOR = "a detector or segmenter over a pyramid of backbone sizes; reads no text"
 _LARGE_IMAGES = "a segmenter whose sizes fit images of 1024 pixels only; reads no text"
+_ANY_BACKBONE = "a head over an image backbone of any family; reads no text"
 _OCR = "a convolutional recogniser of text lines that no small image passes; reads no text"
 _DRAFTS = "every layer reads the keys of another model, and its own config refuses to make one so"
 NOT_BUILT: dict[str, str] = {
@@ -148,6 +156,7 @@ NOT_BUILT: dict[str, str] = {
     **dict.fromkeys(
         ["sam2", "sam2_hiera_det_model", "sam2_video", "sam2_vision_model", "sam3_tracker",
          "sam3_tracker_video", "sam3_vision_model", "sam3_vit_model"], _LARGE_IMAGES),
+    **dict.fromkeys(["upernet", "vitmatte", "vitpose"], _ANY_BACKBONE),
     **dict.fromkeys(
         ["pp_ocrv5_mobile_rec", "pp_ocrv5_server_rec", "pp_ocrv6_small_rec"], _OCR),
     "vits": "durations drawn by random weights ask for hundreds of gigabytes",

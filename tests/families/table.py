@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 from families.catalogue import architectures
-from families.compare import CHECKS, GOOD, Result
+from families.result import CHECKS, GOOD, Result
 
 _COLUMNS = ("architecture", "class", "outcome", "outputs", "gradients", *CHECKS, "reason or note")
 _HEAD = """\
@@ -24,6 +24,12 @@ Each architecture in transformers' auto mappings is made tiny with random weight
 
 - **equal**: outputs and the gradients of all parameters are those of eager attention; the errors
   are relative to the largest value. A mask that is wrong in one key per query is seen in every one.
+  Attention that the model computes by itself beside the interface is named in the note.
+- **text part equal**: the whole takes the name and is not made tiny; only the part that reads text,
+  of the class named, is compared. Nothing is known of the rest.
+- **whole refused, text part equal**: the name is refused for the model, since a part of it computes
+  attention by itself. `attn_implementation={{'text_config': 'flash'}}` is taken; the model is
+  compared under that.
 - **refused**: a `ValueError` says why, when the model is made or called.
 - **bypassing**: the model computes attention by itself; the name is refused when it is loaded.
 - **no attention**: nothing to replace. Language models refuse the name; other backbones take it.

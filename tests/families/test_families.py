@@ -10,8 +10,9 @@ import pytest
 import torch
 from families import odd, table
 from families.catalogue import architectures
-from families.compare import GOOD, NOT_BUILT, sweep
+from families.compare import sweep
 from families.plugin import results_folder
+from families.result import GOOD, NOT_BUILT
 
 
 @pytest.mark.families

@@ -59,6 +59,13 @@ def test_a_tower_does_not_pass_for_the_models_beside_it() -> None:
         Gemma3nAudioEncoder._from_config(config, attn_implementation="flash")
 
 
+def test_a_backbone_of_another_family_may_attend() -> None:
+    from transformers import ResNetModel, VitPoseForPoseEstimation
+
+    assert holds_attention(VitPoseForPoseEstimation)  # made by load_backbone
+    assert not holds_attention(ResNetModel)
+
+
 def test_a_language_model_without_attention_is_refused() -> None:
     config = CONFIG_MAPPING["mamba"](num_hidden_layers=1, hidden_size=8, vocab_size=16)
     with pytest.raises(ValueError, match="holds no attention"):

@@ -7,9 +7,22 @@ from pathlib import Path
 
 import pytest
 import transformers
-from families import compare, table
+from families import compare, odd, table
 from families.catalogue import architectures
-from families.compare import BYPASSING, CHECKS, EMPTY, EQUAL, GOOD, REFUSED, Result, sweep
+from families.compare import sweep
+from families.result import (
+    BROKEN,
+    BYPASSING,
+    CHECKS,
+    EMPTY,
+    EQUAL,
+    GOOD,
+    NOT_BUILT,
+    PART_EQUAL,
+    REFUSED,
+    WHOLE_REFUSED,
+    Result,
+)
 
 TABLE = Path(__file__).parents[2] / "eval" / "results" / "families.md"
 OUTCOMES = {
@@ -48,6 +61,26 @@ def test_architecture(architecture: str) -> None:
             assert {name: row[name] for name in CHECKS} == checks
 
 
+def test_a_part_that_is_equal_is_not_the_whole() -> None:
+    refused = sweep("got_ocr2")  # its vision tower computes attention by itself
+    assert refused.outcome == WHOLE_REFUSED
+    assert refused.message.startswith("compared with the name for its text part (Qwen2Model) alone")
+    assert "for the whole: GotOcr2ForConditionalGeneration computes attention" in refused.message
+    unknown = sweep("fast_vlm")  # its vision tower needs timm
+    assert (unknown.outcome, unknown.model_class) == (PART_EQUAL, "Qwen2ForCausalLM")
+    counts = table.render([refused, unknown]).split("architectures: ")[1]
+    assert counts.startswith("1 text part equal, 1 whole refused, text part equal.")
+
+
+def test_a_part_without_attention_says_nothing_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(odd.TEXT_TOWERS, "fast_vlm", "mamba")
+    monkeypatch.setattr(compare, "_compare", lambda eager, result, dtype: setattr(
+        result, "outcome", EMPTY))  # fmt: skip
+    assert sweep("fast_vlm").outcome == NOT_BUILT
+
+
 @pytest.mark.skipif(not TABLE.exists(), reason="the table is made by pytest -m families")
 def test_the_table_knows_every_architecture() -> None:
     rows = table.read(TABLE)
@@ -70,7 +103,7 @@ def test_a_mask_that_is_wrong_in_one_pair_breaks_a_family(monkeypatch: pytest.Mo
     read_call = flash.read_call
     monkeypatch.setattr(flash, "read_call", forgetful)
     result = sweep("llama")
-    assert result.outcome == compare.BROKEN
+    assert result.outcome == BROKEN
     assert "differ by" in result.message
 
 

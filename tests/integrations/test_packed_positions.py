@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import random_ids, tiny_model
+from transformers import DynamicCache, StaticCache
 
 from hf_attn_plugin import SlidingWindowConfig, configure
 
@@ -45,3 +46,40 @@ def test_compiled_masks_are_told_the_same_documents() -> None:
     compiled = torch.compile(model, backend="eager")
     expected = logits(model, ids, position_ids=JUMPS, use_cache=False)
     torch.testing.assert_close(logits(compiled, ids, position_ids=JUMPS, use_cache=False), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_tokens_after_packed_documents_are_refused(kind: str, compiling: bool) -> None:
+    model = tiny_model("llama", "flash")
+    ids, more = random_ids(1, JUMPS.shape[1]), random_ids(1, 2, seed=5)
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiling else model
+
+    def cache() -> Any:
+        if kind == "dynamic":
+            return DynamicCache(config=model.config)
+        return StaticCache(config=model.config, max_cache_len=20)
+
+    packed = cache()
+    model(ids, position_ids=JUMPS, past_key_values=packed)
+    for count in (1, 2):
+        with pytest.raises(ValueError, match=f"the first has {STARTS} tokens"):
+            run(more[:, :count], past_key_values=packed)
+    if kind == "dynamic":  # what is left is one document
+        packed.crop(STARTS - JUMPS.shape[1])
+    else:
+        packed.reset()
+        model(ids[:, :STARTS], position_ids=JUMPS[:, :STARTS], past_key_values=packed)
+    one = cache()
+    model(ids[:, :STARTS], position_ids=JUMPS[:, :STARTS], past_key_values=one)
+    found, wanted = (run(more, past_key_values=each).logits for each in (packed, one))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_packed_prompt_is_not_generated_from() -> None:
+    model = tiny_model("llama", "flash")
+    with pytest.raises(ValueError, match="the cache holds packed documents"):
+        model.generate(
+            random_ids(1, JUMPS.shape[1]), position_ids=JUMPS, max_new_tokens=2, do_sample=False
+        )

@@ -301,7 +301,7 @@ def test_documents_told_by_positions() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 0, 0, 0, 0], [3, 5, 9, 10, 2, 3]])
     assert restarts(positions).int().tolist() == [
         [0, 0, 0, 1, 0, 1],
-        [0, 0, 0, 0, 0, 0],  # not numbered at all
+        [0, 1, 1, 1, 1, 1],  # documents of one token each
         [0, 0, 0, 0, 1, 0],
     ]
     valid = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).bool()

@@ -45,7 +45,7 @@ def test_positions_along_several_axes() -> None:
     assert documents(three) == [[0] * 11 + [1, 1]]
     text = pack_positions([[4, 9]])
     assert documents(torch.cat([text[None], three])) == [[0] * 4 + [1] * 9]
-    assert documents(torch.zeros(3, 2, 4)) == [[0] * 4] * 2, "not numbered"
+    assert documents(torch.zeros(3, 2, 4)) == [[0, 1, 2, 3]] * 2, "one token each"
     padded = pack_positions([[4, 3]])[None].expand(3, -1, -1)
     assert documents(padded, torch.tensor([[0, 0, 0, 0, 1, 1, 1]])) == [[0] * 7]
 

@@ -80,10 +80,17 @@ def test_lengths_and_documents_compile_nothing(dim: int) -> None:
         numbers = (torch.arange(length, device="cuda") // size)[None]
         return {"q_documents": numbers, "kv_documents": numbers}
 
-    attend(inputs(640, dim=dim), **documents(640, 100))
+    # No multiple of 4: on Hopper a kernel of its own pads rows then.
+    attend(inputs(641, dim=dim), **documents(641, 100))
     before = compiled_kernels()
     assert before >= 3
-    for length, size in ((640, 64), (1000, 7), (1, 1), (17, 16), (2048, 333)):
+    for length, size in ((640, 64), (1000, 7), (1, 1), (17, 16), (2047, 333)):
+        attend(inputs(length, dim=dim), **documents(length, size))
+    assert compiled_kernels() == before
+    # From 2048 keys on Hopper's kernels take larger tiles: one more set, whatever the length.
+    attend(inputs(2048, dim=dim), **documents(2048, 333))
+    before = compiled_kernels()
+    for length, size in ((2049, 300), (5000, 77), (16384, 16384)):
         attend(inputs(length, dim=dim), **documents(length, size))
     assert compiled_kernels() == before
 
