@@ -34,7 +34,13 @@ _FUNCTION = "_preprocess_mask_arguments"
 _ONE_DOCUMENT = "_hf_attn_plugin_one_document"
 _OF_SEVERAL = (
     "the cache holds packed documents, of which the first has {} tokens, and tokens after it would "
-    "attend to all of them. Cache each document as a batch row of its own."
+    "attend to all of them. Cache each document as a batch row of its own, in a new cache."
+)
+
+_CHUNKS = (
+    "packed documents in a model with chunked attention (attention_chunk_size) cannot be prefilled "
+    "into a cache under torch.compile: chunks would not begin anew in each. Prefill uncompiled, or "
+    "pass each document as a batch row of its own."
 )
 
 
@@ -105,8 +111,17 @@ def _separating(original: Callable[..., Any], names: frozenset[str]) -> Callable
             _remember(past_key_values, q_offset, documents)
         if documents is not None:
             documents = documents.expand(rows, -1)  # transformers looks them up by batch row
-            if position_ids is None or compiling:  # it cannot, or could not be read again
-                valid, documents = put_documents_on(valid, documents), None
+            # Told by the mask, not as transformers' own term: that would count positions anew in
+            # each document, also where a term indexes the row by them (Gemma 3's blocks of images).
+            # Only chunks have to begin anew.
+            if not getattr(config, "attention_chunk_size", None) or position_ids is None:
+                return ready, put_documents_on(valid, documents), None, *found[3:]
+            if compiling:
+                if isinstance(q_offset, Tensor) or q_length != kv_length:
+                    several = (documents > 0) & (documents < q_length)
+                    documents = refuse_where(several, _CHUNKS, documents)
+                    return ready, put_documents_on(valid, documents), None, *found[3:]
+                valid = put_documents_on(valid, documents)
         return ready, valid, documents, q_length, kv_length, q_offset, kv_offset
 
     return preprocess
@@ -138,6 +153,8 @@ def _of_one_document(
     wrong = q_offset > known
     if not isinstance(wrong, Tensor):
         if not wrong:
+            if int(q_offset) > 0:  # all that is cached, and what comes now, is one document
+                delattr(cache, _ONE_DOCUMENT)
             return valid
         wrong = torch.ones((), dtype=torch.bool, device=device)
     if valid is None:

@@ -18,6 +18,13 @@ from hf_attn_plugin.patterns import documents, refusal
 
 FIRST, NEW = 6, 8
 PACKED = pack_positions([[3, 5]])
+_CHUNKED = {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size_mlp": 48,
+    "moe_layers": [],
+    "no_rope_layers": [1, 0],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +121,19 @@ def test_first_tokens_of_documents_that_look_both_ways(use_cache: bool, compilin
     configure(model, SlidingWindowConfig(window=2, num_sink_tokens=0))  # the control
     without = model(ids[:, 10:]).logits
     assert (without - alone[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_chunks_begin_anew_in_every_document(use_cache: bool) -> None:
+    model = tiny_model("llama4_text", "flash", attention_chunk_size=4, **_CHUNKED)
+    ids, positions = random_ids(1, 13), pack_positions([[6, 7]])
+    packed = torch.compile(model, backend="eager")(ids, position_ids=positions, use_cache=use_cache)
+    alone = [model(part).logits for part in ids.split([6, 7], 1)]
+    torch.testing.assert_close(packed.logits, torch.cat(alone, 1))
+    static = StaticCache(config=model.config, max_cache_len=20)
+    with pytest.raises(ValueError, match="attention_chunk_size"):
+        torch.compile(model, backend="eager")(ids, position_ids=positions, past_key_values=static)
 
 
 @torch.no_grad()

@@ -52,6 +52,7 @@ def test_compiled_masks_are_told_the_same_documents() -> None:
 @pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_tokens_after_packed_documents_are_refused(kind: str, compiling: bool) -> None:
+    torch.compiler.reset()  # graphs of other tests count towards its limit
     model = tiny_model("llama", "flash")
     ids, more = random_ids(1, JUMPS.shape[1]), random_ids(1, 2, seed=5)
     run = torch.compile(model, backend="eager", fullgraph=True) if compiling else model
@@ -73,8 +74,10 @@ def test_tokens_after_packed_documents_are_refused(kind: str, compiling: bool) -
         model(ids[:, :STARTS], position_ids=JUMPS[:, :STARTS], past_key_values=packed)
     one = cache()
     model(ids[:, :STARTS], position_ids=JUMPS[:, :STARTS], past_key_values=one)
-    found, wanted = (run(more, past_key_values=each).logits for each in (packed, one))
-    torch.testing.assert_close(found, wanted)
+    # The second call over the cropped cache comes after more than was one document.
+    for tokens in (more, more[:, :1]) if kind == "dynamic" else (more,):
+        found, wanted = (run(tokens, past_key_values=each).logits for each in (packed, one))
+        torch.testing.assert_close(found, wanted)
 
 
 def test_a_packed_prompt_is_not_generated_from() -> None:

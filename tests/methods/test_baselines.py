@@ -409,7 +409,7 @@ def test_h2o_refuses_what_it_has_not_followed():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
     with torch.no_grad():
         cache = model(ids, position_ids=positions, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match=r"followed 0 of the 8 tokens .* packed documents"):
+        with pytest.raises(ValueError, match="the cache holds packed documents"):
             model(ids[:, :1], past_key_values=cache, position_ids=torch.tensor([[4]]))
         cache = model(ids, use_cache=True).past_key_values
         heads = torch.ones(1, 4, 1, 9, dtype=torch.bool)
