@@ -1,10 +1,11 @@
 """A small set of launches of every kernel, for tools that watch each memory access.
 
-    python -m eval.speed.launches [--overrun]
+    python -m eval.speed.launches [--overrun | --race | --ordered]
 
 `eval/speed/sanitize.py` runs it under compute-sanitizer. Lengths are odd and small, patterns many:
-every branch of the kernels is taken once. ``--overrun`` writes outside a tensor instead, so that
-one can see the tool notice.
+every branch of the kernels is taken once. The options run a control instead, so that one can see
+what a tool notices: a write outside a tensor, a race in shared memory, and the same kernel without
+the race.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def training_launches(device: torch.device) -> list[Launch]:
     marked = torch.arange(TOKENS, device=device)[None] % 90 == 40
     packed = pattern(q_documents=documents, kv_documents=documents)
     near_and_global = pattern(window=33, num_global_tokens=5)
+    long_column = Pattern(q_len=2500, kv_len=2500, window=17, num_global_tokens=5)
     return [
         Launch("causal", pattern()),
         Launch("bidirectional, head_dim 80", pattern(causal=False), head_dim=80, value_dim=80),
@@ -74,6 +76,7 @@ def training_launches(device: torch.device) -> list[Launch]:
         Launch("float16, head_dim 128", pattern(), 128, 128, torch.float16),
         Launch("head_dim 128, window and global tokens", near_and_global, 128, 128),
         Launch("head_dim 128, documents", packed, 128, 128),
+        Launch("head_dim 128, a column that is cut", long_column, 128, 128),
         Launch("float32, head_dim 32", pattern(window=40), 32, 32, torch.float32),
         Launch("fewer queries", Pattern(q_len=71, kv_len=TOKENS)),
     ]
@@ -164,16 +167,19 @@ def _finite(name: str, *tensors: Tensor) -> None:
 
 
 def main() -> None:
-    """Run the launches, or the overrun."""
+    """Run the launches, or a control."""
     device = torch.device("cuda")
     if "--overrun" in sys.argv:
         from .overrun import overrun
 
         overrun(device)
-        torch.cuda.synchronize()
-        return
-    for line in run_all(device):
-        print(line, flush=True)
+    elif "--race" in sys.argv or "--ordered" in sys.argv:
+        from .races import hand_over
+
+        hand_over(device, "--ordered" in sys.argv)
+    else:
+        for line in run_all(device):
+            print(line, flush=True)
     torch.cuda.synchronize()
 
 

@@ -21,10 +21,13 @@ _MAX_DENSE_PAIRS = 2048 * 2048
 # and of this many than deriving a schedule for a kernel.
 _FEW_MASKED = 512 * 512
 # Pairs over batch and heads. A forward and backward keeps the host busy for 0.2 ms with SDPA, 0.6
-# with FlashAttention-4, 1.5 with Triton. With 32 heads of 128, causal, these three take 0.2, 0.5,
-# 1.5 ms at 1,024 tokens, 0.64, 0.5, 1.5 at 2,048 and 1.9, 0.97, 1.4 at 4,096.
+# with FlashAttention-4, 0.65 with Triton. With 32 heads of 128, causal, these three took 0.2, 0.5,
+# 1.5 ms at 1,024 tokens, 0.64, 0.5, 1.5 at 2,048 and 1.9, 0.97, 1.4 at 4,096, when Triton still
+# took the host 1.5 ms; of the last, 0.9 ms were in its kernels.
 _FEW_PAIRS = 2**27
-_MANY_PAIRS = 2**29
+_MANY_PAIRS = 2**28
+# From here on the kernels decide, not their launches.
+_LARGE_PAIRS = 2**29
 # Elements of keys or values. A step over fewer is bound by its launch too: with 32/8 heads of 128,
 # SDPA takes 0.05 ms and Triton 0.09 over 4,096 keys, 0.15 and 0.13 over 131,072.
 _SHORT_CACHE = 2**23
@@ -240,12 +243,15 @@ def _repeats_heads(backend: Backend, call: Call) -> bool:
 def _triton_beats_sdpa(pattern: Pattern, call: Call) -> bool:
     """Whether SDPA without cuDNN is slower: FlashAttention-2, or keys and values repeated for it.
 
-    Plain causal at 16,384 tokens, 32/8 heads of 128: 20.2 ms, FlashAttention-2 23.7; with heads of
-    256 at 8,192 tokens it is the other way round (10.6 and 7.6).
+    Plain causal, 32/8 heads, forward and backward (forward alone): of 128 at 16,384 tokens 13.1 ms,
+    FlashAttention-2 23.7; at 8,192 tokens of 80 3.8 (0.8) and 5.9 (1.5), of 96 4.2 (1.0) and 5.6
+    (1.4), of 256 forward alone 2.2 and 3.8. The gradients of 256 are not measured with the present
+    tiles; with those before, 21.5 and 14.8.
     """
     half = call.dtype in (torch.float16, torch.bfloat16)
     hopper = call.capability is not None and call.capability >= (9, 0)
-    large = hopper and call.head_dim <= 128 and call.pairs(pattern) >= _MANY_PAIRS
+    measured = call.head_dim <= 128 or not call.needs_grad
+    large = hopper and measured and call.pairs(pattern) >= _MANY_PAIRS
     other = half and (large or call.head_dim != call.value_dim)
     return other or _repeats_heads(Backend.SDPA_FULL, call)
 
@@ -260,7 +266,7 @@ def _has_hopper_kernels(pattern: Pattern, call: Call) -> bool:
     half = call.dtype in (torch.float16, torch.bfloat16)
     dims = (call.head_dim, call.value_dim)
     served = half and dims == _HOPPER_DIMS and not call.softcap and call.capability == (9, 0)
-    return served and call.pairs(pattern) >= _MANY_PAIRS
+    return served and call.pairs(pattern) >= _LARGE_PAIRS
 
 
 def _is_narrow(terms: BuiltIn | str) -> bool:

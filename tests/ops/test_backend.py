@@ -55,6 +55,7 @@ def documents(*lengths: int, order: int = 1) -> dict[str, torch.Tensor]:
 PACKED = documents(5000, 3000, 8384)
 PADDED = dict(key_valid=torch.ones(1, 16384, dtype=torch.bool))
 DIMS_80 = dict(installed=TRITON, head_dim=80, value_dim=80)
+DIMS_256 = dict(installed=TRITON, head_dim=256, value_dim=256)
 B = Backend
 
 
@@ -139,7 +140,10 @@ B = Backend
         ({}, DIMS_80 | dict(need_lse=True), B.TRITON),
         ({}, DIMS_80 | dict(deterministic=True), B.TRITON),
         (dict(q_len=4096, kv_len=4096), DIMS_80, B.TRITON),
+        (dict(q_len=3000, kv_len=3000), DIMS_80, B.TRITON),
         (dict(q_len=2048, kv_len=2048), DIMS_80, B.SDPA_CAUSAL),
+        (dict(q_len=4096, kv_len=4096), DIMS_256, B.SDPA_CAUSAL),
+        (dict(q_len=4096, kv_len=4096), DIMS_256 | dict(needs_grad=False), B.TRITON),
         ({}, dict(installed=TRITON, head_dim=256, value_dim=256), B.CUDNN_CAUSAL),
         ({}, dict(head_dim=192), B.CUDNN_CAUSAL),
         ({}, dict(head_dim=192, need_lse=True), B.TRITON),

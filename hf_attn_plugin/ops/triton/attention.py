@@ -58,7 +58,7 @@ def triton_attention(
     Raises:
         ValueError: The kernels do not honour the call; see `support.refuses`.
     """
-    _refuse(query, value, sinks, pattern)
+    _refuse(query, value, sinks)
     if scaling <= 0:  # kernels compare products of query and key before they are scaled
         query, scaling = query * (-1.0 if scaling < 0 else 0.0), -scaling or 1.0
     # Kernels read rows of neighbouring elements; other layouts (rare) are copied.
@@ -66,11 +66,13 @@ def triton_attention(
     if sinks is not None:
         sinks = sinks.float()  # of any other type they would be compiled anew
     if torch.compiler.is_compiling() or type(query) not in (Tensor, torch.nn.Parameter):
+        _refuse_pattern(pattern)
         tensors, numbers = _encode(pattern)
         return _forward(query, key, value, sinks, tensors, numbers, float(scaling), softcap)
     device = query.device
 
     def find_plan() -> Plan:
+        _refuse_pattern(pattern)
         if pattern.tensors():  # whether their values have changed since another pattern's plan
             return Plan(pattern, device)  # nothing tells for sure
         return _plans.find(pattern.q_len, pattern.kv_len, *_encode(pattern), device)
@@ -332,19 +334,27 @@ def _planned(
 ) -> Problem:
     if sinks is not None:
         sinks = sinks.contiguous()  # kernels read the logit of head h at h
+    if dense is not None:
+        dense = dense.view(torch.int8)
     tiles = choose_tiles(query.shape[3], value.shape[3], query.dtype, shape_of(plan.pattern))
     return Problem(query, key, value, sinks, plan, tiles, scaling, softcap, dense)
 
 
-def _refuse(query: Tensor, value: Tensor, sinks: Tensor | None, pattern: Pattern) -> None:
-    heads = query.shape[1]
+def _refuse(query: Tensor, value: Tensor, sinks: Tensor | None) -> None:
+    heads, head_dim, value_dim = query.shape[1], query.shape[3], value.shape[3]
     if sinks is not None and sinks.numel() != heads:
         raise ValueError(f"triton_attention: one sink for each of {heads} heads, not {sinks.shape}")
-    reason = refuses_pattern(pattern)
     if query.dtype not in DTYPES:
         reason = f"it computes {', '.join(map(str, DTYPES))}, not {query.dtype}"
-    elif max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
-        sizes = f"{query.shape[3]} and {value.shape[3]}"
+    elif max(head_dim, value_dim) > MAX_HEAD_DIM:
+        sizes = f"{head_dim} and {value_dim}"
         reason = f"head_dim and value_dim may be up to {MAX_HEAD_DIM}, not {sizes}"
+    else:
+        return
+    raise ValueError(f"triton_attention: {reason}; use blocked_attention.")
+
+
+def _refuse_pattern(pattern: Pattern) -> None:
+    reason = refuses_pattern(pattern)
     if reason is not None:
         raise ValueError(f"triton_attention: {reason}; use blocked_attention.")

@@ -11,7 +11,7 @@ from torch import Tensor
 _compiled: dict[Hashable, Any] = {}
 
 
-def launch(kernel: Any, programs: int, arguments: dict[str, Any], fixed: dict[str, Any]) -> None:
+def launch(kernel: Any, programs: int, arguments: dict[str, Any], fixed: dict[str, Any]) -> Any:
     """Run ``kernel`` in ``programs`` programs.
 
     Triton's own launch examines every one of some seventy arguments, which takes the host longer
@@ -23,6 +23,9 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], fixed: dict[st
         programs: How many.
         arguments: What differs between calls, always in the same order.
         fixed: What the kernel is compiled for, and options as ``num_warps``.
+
+    Returns:
+        The compiled kernel; None from the interpreter.
     """
     key: list[Hashable] = [id(kernel), *fixed.values()]
     for value in arguments.values():
@@ -39,10 +42,11 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], fixed: dict[st
     if compiled is not None:
         everything = arguments | fixed
         compiled[(programs, 1, 1)](*[everything[name] for name in kernel.arg_names])
-        return
+        return compiled
     compiled = kernel[(programs,)](**arguments, **fixed)
-    if compiled is not None:  # the interpreter compiles nothing
+    if compiled is not None:
         _compiled[tuple(key)] = compiled
+    return compiled
 
 
 def on_device(tensor: Tensor) -> Any:

@@ -11,13 +11,19 @@ from hf_attn_plugin.ops.triton.loads import (
     LOG2E,
     NEVER,
     WHERE_NEEDED,
+    add_weighted,
+    blank,
     capped,
     full_range,
-    inside_rows,
     load_keys,
     load_queries,
+    load_rows,
     needs_mask,
-    row_offsets,
+    products,
+    row_starts,
+    scaled,
+    store_rows,
+    store_slice,
     tokens_at,
     visited,
     work_item,
@@ -79,7 +85,9 @@ def forward_step(
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
+    VALUE_TAIL: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKING: tl.constexpr,
@@ -90,9 +98,10 @@ def forward_step(
     in_kv = index < kv_len
     token = tokens_at(kv_order, index, in_kv)
     k = load_keys(
-        key, batch, kv_head, block, token, in_kv, k_strides, UNIT, HEAD_DIM, WIDTH, KEYS, TMA
-    )
-    score = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), cap_rate, SOFTCAP)
+        key, batch, kv_head, block, token, in_kv, k_strides,
+        UNIT, HEAD_DIM, WIDTH, TAIL, KEYS, TMA,
+    )  # fmt: skip
+    score = capped(products(q, k, TAIL, PRECISION), cap_rate, SOFTCAP)
     masked = MASKING == ALWAYS
     if MASKING == WHERE_NEEDED:
         masked = needs_mask(full, turn)
@@ -109,18 +118,19 @@ def forward_step(
     total = total * shrink + tl.sum(weight, 1)
     v = load_keys(
         value, batch, kv_head, block, token, in_kv, v_strides,
-        UNIT, VALUE_DIM, VALUE_WIDTH, KEYS, TMA,
+        UNIT, VALUE_DIM, VALUE_WIDTH, VALUE_TAIL, KEYS, TMA,
     )  # fmt: skip
-    acc = acc * shrink[:, None]
-    acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)
-    return new_top, total, acc
+    acc = scaled(acc, shrink[:, None], VALUE_TAIL)
+    return new_top, total, add_weighted(acc, weight, v, VALUE_TAIL, PRECISION)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
     query,
     key,
+    key_tail,
     value,
+    value_tail,
     output,
     lse,
     sinks,
@@ -173,7 +183,9 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
+    VALUE_TAIL: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -200,8 +212,8 @@ def forward_kernel(
     token = tokens_at(q_order, place, in_q)
     head = pack * HEADS + row // TOKENS
     q = load_queries(
-        query, batch, pack, block, head, token, in_q, (q_batch, q_head, q_token),
-        UNIT, HEAD_DIM, WIDTH, HEADS, TOKENS, False,
+        (query,), batch, pack, block, head, token, in_q, (q_batch, q_head, q_token),
+        UNIT, HEAD_DIM, WIDTH, TAIL, HEADS, TOKENS, False,
     )  # fmt: skip
     own = token_facts(q_info + batch * q_info_batch, place, in_q, q_len, TERMS)
     numbers = (lowest, band, reach, dilation, stride, residue)
@@ -211,14 +223,13 @@ def forward_kernel(
     kv_info += batch * kv_info_batch
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
+    acc = blank(ROWS, VALUE_WIDTH, VALUE_TAIL)
     index = (batch * packs * HEADS + head).to(tl.int64) * q_len + token
-    out_offsets = row_offsets(batch, head, token, (o_batch, o_head, o_token), 1, VALUE_WIDTH)
-    out_inside = inside_rows(in_q, VALUE_DIM, VALUE_WIDTH)
+    out_rows = row_starts(batch, head, token, (o_batch, o_head, o_token), 1)
     if earlier is not None:
         if lead:
             top = tl.load(lse + index, mask=in_q, other=float("-inf")) * LOG2E
-            acc = tl.load(earlier + out_offsets, mask=out_inside, other=0.0)
+            acc = load_rows(earlier, out_rows, in_q, VALUE_DIM, VALUE_WIDTH, VALUE_TAIL)
             total = tl.where(top == float("-inf"), 0.0, 1.0)
     elif sinks is not None:
         if lead:
@@ -227,44 +238,44 @@ def forward_kernel(
     k_strides = (k_batch, k_head, k_token)
     v_strides = (v_batch, v_head, v_token)
     kv_head = pack // group_packs
+    keys, values = (key, key_tail), (value, value_tail)
     if TWO_LOOPS:
         full_from, full_to = full_range(bounds, full)
         for turn in tl.range(full_from, full_to, num_stages=STAGES):
             top, total, acc = forward_step(
-                turn, top, total, acc, q, key, value, k_strides, v_strides, batch, kv_head,
+                turn, top, total, acc, q, keys, values, k_strides, v_strides, batch, kv_head,
                 entries, blocks, full, own, in_q, q_dense, kv_info, kv_order, kv_len,
                 dense, mask_key, numbers, to_log2, cap_rate,
-                TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, KEYS,
-                PRECISION, NEVER,
+                TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, TAIL, VALUE_WIDTH,
+                VALUE_TAIL, KEYS, PRECISION, NEVER,
             )  # fmt: skip
         for other in tl.range(begin, end - (full_to - full_from), num_stages=STAGES):
             turn = tl.where(other < full_from, other, other + (full_to - full_from))
             top, total, acc = forward_step(
-                turn, top, total, acc, q, key, value, k_strides, v_strides, batch, kv_head,
+                turn, top, total, acc, q, keys, values, k_strides, v_strides, batch, kv_head,
                 entries, blocks, full, own, in_q, q_dense, kv_info, kv_order, kv_len,
                 dense, mask_key, numbers, to_log2, cap_rate,
-                TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, KEYS,
-                PRECISION, ALWAYS,
+                TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, TAIL, VALUE_WIDTH,
+                VALUE_TAIL, KEYS, PRECISION, ALWAYS,
             )  # fmt: skip
     else:
         for turn in tl.range(begin, end, num_stages=STAGES):
             top, total, acc = forward_step(
-                turn, top, total, acc, q, key, value, k_strides, v_strides, batch, kv_head,
+                turn, top, total, acc, q, keys, values, k_strides, v_strides, batch, kv_head,
                 entries, blocks, full, own, in_q, q_dense, kv_info, kv_order, kv_len,
                 dense, mask_key, numbers, to_log2, cap_rate,
-                TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, KEYS,
-                PRECISION, WHERE_NEEDED,
+                TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, TAIL, VALUE_WIDTH,
+                VALUE_TAIL, KEYS, PRECISION, WHERE_NEEDED,
             )  # fmt: skip
     if slot < 0:
         empty = total == 0.0
         safe = tl.where(empty, 1.0, total)
-        out = (acc / safe[:, None]).to(output.dtype.element_ty)
-        tl.store(output + out_offsets, out, mask=out_inside)
+        out = scaled(acc, (1.0 / safe)[:, None], VALUE_TAIL)
+        store_rows(output, out_rows, in_q, out, VALUE_DIM, VALUE_WIDTH, VALUE_TAIL)
         result = tl.where(empty, float("-inf"), (top + tl.log2(safe)) / LOG2E)
         tl.store(lse + index, result, mask=in_q)
     else:
         kept = (slot.to(tl.int64) * batch_packs + batch_pack) * ROWS + row
-        columns = tl.arange(0, VALUE_WIDTH)
-        tl.store(partial_output + kept[:, None] * VALUE_WIDTH + columns[None, :], acc)
+        store_slice(partial_output, kept, acc, VALUE_WIDTH, VALUE_TAIL)
         tl.store(partial_state + 2 * kept, top)
         tl.store(partial_state + 2 * kept + 1, total)

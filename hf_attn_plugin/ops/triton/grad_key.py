@@ -11,13 +11,20 @@ from hf_attn_plugin.ops.triton.loads import (
     ALWAYS,
     NEVER,
     WHERE_NEEDED,
+    add_weighted,
+    blank,
     capped,
     full_range,
-    inside_rows,
     load_keys,
     load_queries,
+    load_rows,
     needs_mask,
-    row_offsets,
+    plus,
+    products,
+    row_starts,
+    scaled,
+    store_rows,
+    store_slice,
     tokens_at,
     visited,
     work_item,
@@ -69,10 +76,14 @@ def grad_key_step(
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
+    VALUE_TAIL: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+    OF_VALUES: tl.constexpr,
     MASKING: tl.constexpr,
 ):
     """The gradients after one more tile of queries; scores lie transposed, [keys, rows].
@@ -87,18 +98,18 @@ def grad_key_step(
     head = pack * HEADS + row // TOKENS
     q = load_queries(
         query, batch, pack, block, head, token, in_q, q_strides,
-        UNIT, HEAD_DIM, WIDTH, HEADS, TOKENS, TMA,
+        UNIT, HEAD_DIM, WIDTH, TAIL, HEADS, TOKENS, TMA,
     )  # fmt: skip
     d_out = load_queries(
         grad_output, batch, pack, block, head, token, in_q, go_strides,
-        UNIT, VALUE_DIM, VALUE_WIDTH, HEADS, TOKENS, TMA,
+        UNIT, VALUE_DIM, VALUE_WIDTH, VALUE_TAIL, HEADS, TOKENS, TMA,
     )  # fmt: skip
     # A scalar in 64 bits and rows in 32: addresses of rows would fill the registers.
     origin = (first_row + pack * HEADS).to(tl.int64) * q_len
     place = row // TOKENS * q_len + token
     base = tl.load(base_lse + origin + place, mask=in_q, other=float("inf"))
     row_delta = tl.load(delta + origin + place, mask=in_q, other=0.0)
-    score = capped(tl.dot(k, tl.trans(q), input_precision=PRECISION), cap_rate, SOFTCAP)
+    score = capped(products(k, q, TAIL, PRECISION), cap_rate, SOFTCAP)
     slope = score
     if SOFTCAP:
         slope = 1.0 - score * score
@@ -115,12 +126,13 @@ def grad_key_step(
             numbers, False, TERMS,
         )  # fmt: skip
     weight = tl.exp2(score * to_log2 - base[None, :])
-    acc_value = tl.dot(weight.to(d_out.dtype), d_out, acc_value, input_precision=PRECISION)
-    d_weight = tl.dot(v, tl.trans(d_out), input_precision=PRECISION) - row_delta[None, :]
-    if SOFTCAP:
-        d_weight = d_weight * slope
-    d_score = (weight * d_weight).to(q.dtype)
-    acc_key = tl.dot(d_score, q, acc_key, input_precision=PRECISION)
+    if OF_VALUES:
+        acc_value = add_weighted(acc_value, weight, d_out, VALUE_TAIL, PRECISION)
+    if OF_KEYS:
+        d_weight = products(v, d_out, VALUE_TAIL, PRECISION) - row_delta[None, :]
+        if SOFTCAP:
+            d_weight = d_weight * slope
+        acc_key = add_weighted(acc_key, weight * d_weight, q, TAIL, PRECISION)
     return acc_key, acc_value
 
 
@@ -140,28 +152,26 @@ def store_sums(
     kept,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
-    """Write [keys, WIDTH] sums, or those of a slice; ``earlier`` sums are added."""
+    """Write the sums of keys, or those of a slice; ``earlier`` sums are added."""
+    rows = row_starts(batch, head, token, strides, 1)
+    if earlier is not None:
+        acc = plus(acc, load_rows(earlier, rows, inside & lead, DIM, WIDTH, TAIL), TAIL)
     if slot < 0:
-        offsets = row_offsets(batch, head, token, strides, 1, WIDTH)
-        mask = inside_rows(inside, DIM, WIDTH)
-        if earlier is not None:
-            acc += tl.load(earlier + offsets, mask=mask, other=0.0)
-        tl.store(target + offsets, acc.to(target.dtype.element_ty), mask=mask)
+        store_rows(target, rows, inside, acc, DIM, WIDTH, TAIL)
     else:
-        if earlier is not None:
-            offsets = row_offsets(batch, head, token, strides, 1, WIDTH)
-            mask = inside_rows(inside, DIM, WIDTH) & lead
-            acc += tl.load(earlier + offsets, mask=mask, other=0.0)
-        tl.store(partial + kept[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], acc)
+        store_slice(partial, kept, acc, WIDTH, TAIL)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def grad_key_kernel(
     query,
+    query_tail,
     key,
     value,
     grad_output,
+    grad_output_tail,
     base_lse,
     delta,
     grad_key,
@@ -223,11 +233,15 @@ def grad_key_kernel(
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
+    VALUE_TAIL: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+    OF_VALUES: tl.constexpr,
     TWO_LOOPS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -248,12 +262,12 @@ def grad_key_kernel(
     in_kv = place < kv_len
     token = tokens_at(kv_order, place, in_kv)
     k = load_keys(
-        key, batch, kv_head, block, token, in_kv, (k_batch, k_head, k_token),
-        UNIT, HEAD_DIM, WIDTH, KEYS, False,
+        (key,), batch, kv_head, block, token, in_kv, (k_batch, k_head, k_token),
+        UNIT, HEAD_DIM, WIDTH, TAIL, KEYS, False,
     )  # fmt: skip
     v = load_keys(
-        value, batch, kv_head, block, token, in_kv, (v_batch, v_head, v_token),
-        UNIT, VALUE_DIM, VALUE_WIDTH, KEYS, False,
+        (value,), batch, kv_head, block, token, in_kv, (v_batch, v_head, v_token),
+        UNIT, VALUE_DIM, VALUE_WIDTH, VALUE_TAIL, KEYS, False,
     )  # fmt: skip
     own = token_facts(kv_info + batch * kv_info_batch, place, in_kv, kv_len, TERMS)
     numbers = (lowest, band, reach, dilation, stride, residue)
@@ -263,27 +277,33 @@ def grad_key_kernel(
     q_strides = (q_batch, q_head, q_token)
     go_strides = (go_batch, go_head, go_token)
     first_row = batch * kv_heads * group_packs * HEADS
-    acc_key = tl.zeros([KEYS, WIDTH], tl.float32)
-    acc_value = tl.zeros([KEYS, VALUE_WIDTH], tl.float32)
+    queries, d_outputs = (query, query_tail), (grad_output, grad_output_tail)
+    acc_key, acc_value = (), ()
+    if OF_KEYS:
+        acc_key = blank(KEYS, WIDTH, TAIL)
+    if OF_VALUES:
+        acc_value = blank(KEYS, VALUE_WIDTH, VALUE_TAIL)
     if TWO_LOOPS:
         full_from, full_to = full_range(bounds, full)
         for pack in range(kv_head * group_packs, (kv_head + 1) * group_packs):
             for turn in tl.range(full_from, full_to, num_stages=STAGES):
                 acc_key, acc_value = grad_key_step(
-                    turn, pack, acc_key, acc_value, k, v, query, grad_output, q_strides,
+                    turn, pack, acc_key, acc_value, k, v, queries, d_outputs, q_strides,
                     go_strides, base_lse, delta, batch, first_row, entries, blocks, full, own,
                     in_kv, kv_dense, q_info, q_order, q_len, dense, mask_strides, numbers,
                     to_log2, cap_rate, TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH,
-                    VALUE_WIDTH, HEADS, TOKENS, PRECISION, NEVER,
+                    TAIL, VALUE_WIDTH, VALUE_TAIL, HEADS, TOKENS, PRECISION, OF_KEYS, OF_VALUES,
+                    NEVER,
                 )  # fmt: skip
             for other in tl.range(begin, end - (full_to - full_from), num_stages=STAGES):
                 turn = tl.where(other < full_from, other, other + (full_to - full_from))
                 acc_key, acc_value = grad_key_step(
-                    turn, pack, acc_key, acc_value, k, v, query, grad_output, q_strides,
+                    turn, pack, acc_key, acc_value, k, v, queries, d_outputs, q_strides,
                     go_strides, base_lse, delta, batch, first_row, entries, blocks, full, own,
                     in_kv, kv_dense, q_info, q_order, q_len, dense, mask_strides, numbers,
                     to_log2, cap_rate, TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH,
-                    VALUE_WIDTH, HEADS, TOKENS, PRECISION, ALWAYS,
+                    TAIL, VALUE_WIDTH, VALUE_TAIL, HEADS, TOKENS, PRECISION, OF_KEYS, OF_VALUES,
+                    ALWAYS,
                 )  # fmt: skip
     else:
         # One loop over the packs of the group: a loop for each would refill the pipeline.
@@ -291,18 +311,22 @@ def grad_key_kernel(
         for step in tl.range(0, count * group_packs, num_stages=STAGES):
             pack = kv_head * group_packs + step // count
             acc_key, acc_value = grad_key_step(
-                begin + step % count, pack, acc_key, acc_value, k, v, query, grad_output,
+                begin + step % count, pack, acc_key, acc_value, k, v, queries, d_outputs,
                 q_strides, go_strides, base_lse, delta, batch, first_row, entries, blocks, full,
                 own, in_kv, kv_dense, q_info, q_order, q_len, dense, mask_strides, numbers,
                 to_log2, cap_rate, TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH,
-                VALUE_WIDTH, HEADS, TOKENS, PRECISION, WHERE_NEEDED,
+                TAIL, VALUE_WIDTH, VALUE_TAIL, HEADS, TOKENS, PRECISION, OF_KEYS, OF_VALUES,
+                WHERE_NEEDED,
             )  # fmt: skip
     kept = (slot.to(tl.int64) * batch_heads + batch_head) * KEYS + key_row
-    store_sums(
-        acc_key * scaling, grad_key, earlier_key, partial_key, batch, kv_head, token, in_kv,
-        (dk_batch, dk_head, dk_token), slot, lead, kept, HEAD_DIM, WIDTH,
-    )  # fmt: skip
-    store_sums(
-        acc_value, grad_value, earlier_value, partial_value, batch, kv_head, token, in_kv,
-        (dv_batch, dv_head, dv_token), slot, lead, kept, VALUE_DIM, VALUE_WIDTH,
-    )  # fmt: skip
+    if OF_KEYS:
+        store_sums(
+            scaled(acc_key, scaling, TAIL), grad_key, earlier_key, partial_key, batch, kv_head,
+            token, in_kv, (dk_batch, dk_head, dk_token), slot, lead, kept, HEAD_DIM, WIDTH, TAIL,
+        )  # fmt: skip
+    if OF_VALUES:
+        store_sums(
+            acc_value, grad_value, earlier_value, partial_value, batch, kv_head,
+            token, in_kv, (dv_batch, dv_head, dv_token), slot, lead, kept,
+            VALUE_DIM, VALUE_WIDTH, VALUE_TAIL,
+        )  # fmt: skip

@@ -12,13 +12,20 @@ from hf_attn_plugin.ops.triton.loads import (
     LOG2E,
     NEVER,
     WHERE_NEEDED,
+    add_weighted,
+    blank,
     capped,
     full_range,
-    inside_rows,
     load_keys,
     load_queries,
+    load_rows,
     needs_mask,
-    row_offsets,
+    plus,
+    products,
+    row_starts,
+    scaled,
+    store_rows,
+    store_slice,
     tokens_at,
     visited,
     work_item,
@@ -63,7 +70,9 @@ def grad_query_step(
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
+    VALUE_TAIL: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKING: tl.constexpr,
@@ -74,14 +83,15 @@ def grad_query_step(
     in_kv = index < kv_len
     token = tokens_at(kv_order, index, in_kv)
     k = load_keys(
-        key, batch, kv_head, block, token, in_kv, k_strides, UNIT, HEAD_DIM, WIDTH, KEYS, TMA
-    )
+        key, batch, kv_head, block, token, in_kv, k_strides,
+        UNIT, HEAD_DIM, WIDTH, TAIL, KEYS, TMA,
+    )  # fmt: skip
     v = load_keys(
         value, batch, kv_head, block, token, in_kv, v_strides,
-        UNIT, VALUE_DIM, VALUE_WIDTH, KEYS, TMA,
+        UNIT, VALUE_DIM, VALUE_WIDTH, VALUE_TAIL, KEYS, TMA,
     )  # fmt: skip
-    score = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), cap_rate, SOFTCAP)
-    d_weight = tl.dot(d_out, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+    score = capped(products(q, k, TAIL, PRECISION), cap_rate, SOFTCAP)
+    d_weight = products(d_out, v, VALUE_TAIL, PRECISION) - delta[:, None]
     if SOFTCAP:
         d_weight = d_weight * (1.0 - score * score)
     masked = MASKING == ALWAYS
@@ -93,14 +103,16 @@ def grad_query_step(
             numbers, True, TERMS,
         )  # fmt: skip
     weight = tl.exp2(score * to_log2 - base[:, None])
-    return tl.dot((weight * d_weight).to(k.dtype), k, acc, input_precision=PRECISION)
+    return add_weighted(acc, weight * d_weight, k, TAIL, PRECISION)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def grad_query_kernel(
     query,
     key,
+    key_tail,
     value,
+    value_tail,
     output,
     lse,
     grad_output,
@@ -163,7 +175,9 @@ def grad_query_kernel(
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
+    VALUE_TAIL: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -191,21 +205,23 @@ def grad_query_kernel(
     token = tokens_at(q_order, place, in_q)
     head = pack * HEADS + row // TOKENS
     q = load_queries(
-        query, batch, pack, block, head, token, in_q, (q_batch, q_head, q_token),
-        UNIT, HEAD_DIM, WIDTH, HEADS, TOKENS, False,
+        (query,), batch, pack, block, head, token, in_q, (q_batch, q_head, q_token),
+        UNIT, HEAD_DIM, WIDTH, TAIL, HEADS, TOKENS, False,
     )  # fmt: skip
     d_out = load_queries(
-        grad_output, batch, pack, block, head, token, in_q, (go_batch, go_head, go_token),
-        UNIT, VALUE_DIM, VALUE_WIDTH, HEADS, TOKENS, False,
+        (grad_output,), batch, pack, block, head, token, in_q, (go_batch, go_head, go_token),
+        UNIT, VALUE_DIM, VALUE_WIDTH, VALUE_TAIL, HEADS, TOKENS, False,
     )  # fmt: skip
     out = load_queries(
-        output, batch, pack, block, head, token, in_q, (o_batch, o_head, o_token),
-        1, VALUE_DIM, VALUE_WIDTH, HEADS, TOKENS, False,
+        (output,), batch, pack, block, head, token, in_q, (o_batch, o_head, o_token),
+        1, VALUE_DIM, VALUE_WIDTH, VALUE_TAIL, HEADS, TOKENS, False,
     )  # fmt: skip
     index = (batch * packs * HEADS + head).to(tl.int64) * q_len + token
     row_lse = tl.load(lse + index, mask=in_q, other=float("-inf"))
     # d score = weight * (d weight - delta): the log-sum-exp's own gradient enters here too.
-    row_delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
+    row_delta = tl.sum(out[0].to(tl.float32) * d_out[0].to(tl.float32), 1)
+    if VALUE_TAIL:
+        row_delta += tl.sum(out[1].to(tl.float32) * d_out[1].to(tl.float32), 1)
     if grad_lse is not None:
         row_delta -= tl.load(grad_lse + index, mask=in_q, other=0.0)
     empty = row_lse == float("-inf")
@@ -223,42 +239,43 @@ def grad_query_kernel(
     k_strides = (k_batch, k_head, k_token)
     v_strides = (v_batch, v_head, v_token)
     kv_head = pack // group_packs
-    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    keys, values = (key, key_tail), (value, value_tail)
+    acc = blank(ROWS, WIDTH, TAIL)
     if TWO_LOOPS:
         full_from, full_to = full_range(bounds, full)
         for turn in tl.range(full_from, full_to, num_stages=STAGES):
             acc = grad_query_step(
-                turn, acc, q, d_out, base, row_delta, key, value, k_strides, v_strides, batch,
+                turn, acc, q, d_out, base, row_delta, keys, values, k_strides, v_strides, batch,
                 kv_head, entries, blocks, full, own, in_q, q_dense, kv_info, kv_order, kv_len,
                 dense, mask_key, numbers, to_log2, cap_rate,
-                TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, KEYS,
-                PRECISION, NEVER,
+                TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, TAIL, VALUE_WIDTH,
+                VALUE_TAIL, KEYS, PRECISION, NEVER,
             )  # fmt: skip
         for other in tl.range(begin, end - (full_to - full_from), num_stages=STAGES):
             turn = tl.where(other < full_from, other, other + (full_to - full_from))
             acc = grad_query_step(
-                turn, acc, q, d_out, base, row_delta, key, value, k_strides, v_strides, batch,
+                turn, acc, q, d_out, base, row_delta, keys, values, k_strides, v_strides, batch,
                 kv_head, entries, blocks, full, own, in_q, q_dense, kv_info, kv_order, kv_len,
                 dense, mask_key, numbers, to_log2, cap_rate,
-                TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, KEYS,
-                PRECISION, ALWAYS,
+                TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, TAIL, VALUE_WIDTH,
+                VALUE_TAIL, KEYS, PRECISION, ALWAYS,
             )  # fmt: skip
     else:
         for turn in tl.range(begin, end, num_stages=STAGES):
             acc = grad_query_step(
-                turn, acc, q, d_out, base, row_delta, key, value, k_strides, v_strides, batch,
+                turn, acc, q, d_out, base, row_delta, keys, values, k_strides, v_strides, batch,
                 kv_head, entries, blocks, full, own, in_q, q_dense, kv_info, kv_order, kv_len,
                 dense, mask_key, numbers, to_log2, cap_rate,
-                TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, KEYS,
-                PRECISION, WHERE_NEEDED,
+                TERMS, SOFTCAP, UNIT, TMA, HEAD_DIM, VALUE_DIM, WIDTH, TAIL, VALUE_WIDTH,
+                VALUE_TAIL, KEYS, PRECISION, WHERE_NEEDED,
             )  # fmt: skip
-    acc = acc * scaling
-    offsets = row_offsets(batch, head, token, (d_batch, d_head, d_token), 1, WIDTH)
-    inside = inside_rows(in_q, HEAD_DIM, WIDTH)
+    acc = scaled(acc, scaling, TAIL)
+    starts = row_starts(batch, head, token, (d_batch, d_head, d_token), 1)
     if earlier is not None:
-        acc += tl.load(earlier + offsets, mask=inside & lead, other=0.0)
+        before = load_rows(earlier, starts, in_q & lead, HEAD_DIM, WIDTH, TAIL)
+        acc = plus(acc, before, TAIL)
     if slot < 0:
-        tl.store(grad_query + offsets, acc.to(grad_query.dtype.element_ty), mask=inside)
+        store_rows(grad_query, starts, in_q, acc, HEAD_DIM, WIDTH, TAIL)
     else:
         kept = (slot.to(tl.int64) * batch_packs + batch_pack) * ROWS + row
-        tl.store(partial + kept[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], acc)
+        store_slice(partial, kept, acc, WIDTH, TAIL)

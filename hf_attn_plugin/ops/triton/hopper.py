@@ -1,12 +1,12 @@
 """Launches of the warp-specialised Hopper kernels, for the calls that they serve.
 
-They compute what the kernels of `launch` do for the commonest calls, from the same work items and
-with the same conventions for what one kernel leaves to the next, so that each can stand in for its
-counterpart. Measured on one H200 in bfloat16 with head_dim 128 and 32 heads over 8, milliseconds
-for forward, queries' and keys' gradients, and of `launch`'s kernels in the same process: causal
-attention at 16384 tokens 3.0, 4.2, 5.9 (4.1, 4.7, 10.7); a window of 1024 at 131072 tokens 4.3,
-5.5, 7.0 (5.4, 6.6, 10.1); a window of 4096 there 14.0, 19.2, 27.0 (17.8, 20.7, 37.3); 64 documents
-there 5.4, 6.8, 9.5 (6.6, 7.9, 14.9).
+They compute what the kernels of `launch` do for the commonest calls, with the same conventions for
+what one kernel leaves to the next, so that each can stand in for its counterpart. Measured on one
+H200 in bfloat16 with head_dim 128 and 32 heads over 8, milliseconds for forward, queries' and keys'
+gradients: causal attention at 16384 tokens 3.1, 4.7, 6.2; a window of 1024 at 131072 tokens 3.9,
+5.7, 6.9; a window of 4096 there 14.4, 19.8, 26.2; 64 documents there 6.2, 8.3, 11.0; a window of
+512 with 64 global tokens at 32768 tokens 0.63, 0.85, 1.09. (`launch`'s kernels, on another day:
+4.1, 4.7, 10.7; 5.4, 6.6, 10.1; 17.8, 20.7, 37.3; 6.6, 7.9, 14.9; 0.88, 1.16, 1.59.)
 """
 
 from __future__ import annotations
@@ -20,21 +20,28 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hf_attn_plugin.ops.triton import masks
-from hf_attn_plugin.ops.triton.dispatch import launch
 from hf_attn_plugin.ops.triton.hopper_forward import hopper_forward_kernel
 from hf_attn_plugin.ops.triton.hopper_grad_key import hopper_grad_key_kernel
 from hf_attn_plugin.ops.triton.hopper_grad_query import hopper_grad_query_kernel
+from hf_attn_plugin.ops.triton.hopper_rows import merge_blocks_kernel, pad_rows_kernel
+from hf_attn_plugin.ops.triton.hopper_work import PairWork, pair_work
 from hf_attn_plugin.ops.triton.merge import merge_outputs_kernel, merge_sums_kernel
 from hf_attn_plugin.ops.triton.plan import Pass
 from hf_attn_plugin.ops.triton.problem import LOG2E, Problem, batch_stride
+from hf_attn_plugin.ops.triton.recording import Recording
 from hf_attn_plugin.ops.triton.tiles import Tile
-from hf_attn_plugin.ops.triton.work import Work
+from hf_attn_plugin.ops.triton.work import Split, Work
 from hf_attn_plugin.patterns import Pattern
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _HEAD_DIMS = (64, 128)
 # Rows of one warpgroup, in `hopper_pieces`.
 _ROWS = 64
+# Depth of the ring of queries of the keys' gradients: the visits that one warpgroup of a window's
+# last skips are as many, so that it can go on to its next keys.
+_KEY_STAGES = 4
+# Numbers that one program copies where rows have to be padded.
+_PADDED = 1024
 # From how many keys on a query's run is long: larger tiles then waste little at its ends. The first
 # call on either side compiles its own kernels.
 _LONG_RUN = 2048
@@ -66,7 +73,7 @@ def serves(problem: Problem, *tensors: Tensor) -> bool:
     )
 
 
-def forward(problem: Problem, output: Tensor, lse: Tensor) -> None:
+def forward(calls: Recording, problem: Problem, output: Tensor, lse: Tensor) -> None:
     """Write output and log-sum-exp."""
     query, key, value = problem.query, problem.key, problem.value
     step = problem.plan.passes[0]
@@ -74,7 +81,7 @@ def forward(problem: Problem, output: Tensor, lse: Tensor) -> None:
     work, heads, packs = _query_work(problem, step, tile)
     dim = query.shape[3]
     slices = work.num_slots * problem.batch * packs * tile.rows
-    partial, state = _scratch(query, slices, dim), _scratch(query, slices, 2)
+    partial, state = calls.scratch(max(slices, 1), dim), calls.scratch(max(slices, 1), 2)
     programs = work.num_items * problem.batch * packs
     arguments, fixed = _over_queries(problem, step, work, tile)
     own = {
@@ -88,13 +95,16 @@ def forward(problem: Problem, output: Tensor, lse: Tensor) -> None:
         "partial_state": state,
     }
     fixed["SINKS"] = problem.sinks is not None
-    launch(hopper_forward_kernel, _persistent(query, programs), own | arguments, fixed)
+    calls.launch(hopper_forward_kernel, _persistent(query, programs), own | arguments, fixed)
     if work.num_splits:
         partials = {"partial_output": partial, "partial_state": state, "lse": lse}
-        _merge(merge_outputs_kernel, problem, work, output, partials, heads, tile.rows // heads)
+        _merge(
+            calls, merge_outputs_kernel, problem, work, output, partials, heads, tile.rows // heads
+        )
 
 
 def grad_query(
+    calls: Recording,
     problem: Problem,
     output: Tensor,
     lse: Tensor,
@@ -109,7 +119,8 @@ def grad_query(
     step = problem.plan.passes[0]
     tile = _query_tile(problem, forward=False)
     work, heads, packs = _query_work(problem, step, tile)
-    partial = _scratch(query, work.num_slots * problem.batch * packs * tile.rows, query.shape[3])
+    slices = work.num_slots * problem.batch * packs * tile.rows
+    partial = calls.scratch(max(slices, 1), query.shape[3])
     programs = work.num_items * problem.batch * packs
     arguments, fixed = _over_queries(problem, step, work, tile)
     own = {
@@ -126,13 +137,16 @@ def grad_query(
         "partial": partial,
         "scaling": problem.scaling,
     }
-    launch(hopper_grad_query_kernel, _persistent(query, programs), own | arguments, fixed)
+    calls.launch(hopper_grad_query_kernel, _persistent(query, programs), own | arguments, fixed)
     if work.num_splits:
         partials = {"partial": partial}
-        _merge(merge_sums_kernel, problem, work, grad_query, partials, heads, tile.rows // heads)
+        _merge(
+            calls, merge_sums_kernel, problem, work, grad_query, partials, heads, tile.rows // heads
+        )
 
 
 def grad_key(
+    calls: Recording,
     problem: Problem,
     grad_output: Tensor,
     base_lse: Tensor,
@@ -143,14 +157,12 @@ def grad_key(
     """Write the keys' and values' gradients."""
     query, key, value = problem.query, problem.key, problem.value
     step = problem.plan.passes[0]
-    tile = _key_tile(problem)
-    heads = tile.heads(problem.groups)
-    tokens, parts = tile.rows // heads, tile.keys // _ROWS
-    work = problem.work(step, tile, of_keys=True)
-    batch, kv_heads = problem.batch, key.shape[1]
-    dim = query.shape[3]
-    slices = work.num_slots * batch * kv_heads * tile.keys
-    partials = [_scratch(query, slices, dim) for _ in range(2)]
+    heads = _visiting_heads(problem)
+    tokens = _ROWS // heads
+    batch, kv_heads, dim = problem.batch, key.shape[1], query.shape[3]
+    work = pair_work(step, tokens, Split(problem.tiles.split, batch * kv_heads))
+    slices = max(work.num_slots * batch * kv_heads * _ROWS, 1)
+    partials = [calls.scratch(slices, dim) for _ in range(2)]
     arguments = {
         "query": _of_query_tiles(query, heads, tokens),
         "key": _of_keys(key, _ROWS),
@@ -158,18 +170,20 @@ def grad_key(
         "grad_output": _of_query_tiles(grad_output, heads, tokens),
         "grad_key": _of_keys(grad_key, _ROWS),
         "grad_value": _of_keys(grad_value, _ROWS),
-        "base_lse": base_lse,
-        "delta": delta,
+        "base_lse": _of_numbers(calls, base_lse, heads, tokens),
+        "delta": _of_numbers(calls, delta, heads, tokens),
         "partial_key": partials[0],
         "partial_value": partials[1],
         "items": work.items,
+        "parts": work.parts,
         "kv_info": step.kv_info,
         "item_batch": _item_stride(work),
+        "part_batch": batch_stride(work.parts) // work.parts.shape[2],
         "kv_info_batch": batch_stride(step.kv_info),
+        "num_items": work.num_items,
         "batch_heads": batch * kv_heads,
         "kv_heads": kv_heads,
         "group_packs": problem.groups // heads,
-        "q_len": query.shape[2],
         "kv_len": key.shape[2],
         "scaling": problem.scaling,
         "to_log2": problem.scaling * LOG2E,
@@ -177,21 +191,16 @@ def grad_key(
     fixed = {
         "HEADS": heads,
         "TOKENS": tokens,
-        "PARTS": parts,
         "DIM": dim,
-        "STAGES": tile.stages,
+        "STAGES": _KEY_STAGES,
         "SECOND": _has_second(step),
         "num_warps": 4,
     }
-    if parts == 1:
-        # One warpgroup leaves room for a second program on a multiprocessor, if it asks for no
-        # more than half of the registers.
-        fixed["maxnreg"] = 128
-    launch(hopper_grad_key_kernel, work.num_items * batch * kv_heads, arguments, fixed)
+    programs = _persistent(query, work.num_items * batch * kv_heads)
+    calls.launch(hopper_grad_key_kernel, programs, arguments, fixed)
     if work.num_splits:
         for partial, target in zip(partials, (grad_key, grad_value), strict=True):
-            own = {"partial": partial}
-            _merge(merge_sums_kernel, problem, work, target, own, 1, tile.keys)
+            _merge_blocks(calls, work, partial, target)
 
 
 def _has_long_runs(pattern: Pattern) -> bool:
@@ -210,11 +219,10 @@ def _query_tile(problem: Problem, *, forward: bool) -> Tile:
     return Tile(2 * _ROWS, 64, 4, 4 if forward else 3, pack=4)
 
 
-def _key_tile(problem: Problem) -> Tile:
-    """Tiles of keys: 64 for each warpgroup."""
-    if _has_long_runs(problem.plan.pattern):
-        return Tile(_ROWS, 2 * _ROWS, 4, 3)
-    return Tile(_ROWS, _ROWS, 4, 2, pack=4)
+def _visiting_heads(problem: Problem) -> int:
+    """How many heads share the 64 queries that a block of keys visits at a time."""
+    pack = 1 if _has_long_runs(problem.plan.pattern) else 4
+    return Tile(_ROWS, _ROWS, 4, _KEY_STAGES, pack).heads(problem.groups)
 
 
 def _query_work(problem: Problem, step: Pass, tile: Tile) -> tuple[Work, int, int]:
@@ -254,6 +262,7 @@ def _over_queries(
 
 
 def _merge(
+    calls: Recording,
     kernel: Any,
     problem: Problem,
     work: Work,
@@ -278,19 +287,35 @@ def _merge(
     }
     dim = target.shape[3]
     fixed = {"DIM": dim, "WIDTH": dim, "HEADS": heads, "TOKENS": tokens}
-    launch(kernel, work.num_splits * problem.batch * packs, arguments, fixed)
+    calls.launch(kernel, work.num_splits * problem.batch * packs, arguments, fixed)
+
+
+def _merge_blocks(calls: Recording, work: PairWork, partial: Tensor, target: Tensor) -> None:
+    """Put the slices of blocks of keys together in ``target``."""
+    batch, heads, length, dim = target.shape
+    arguments = {
+        "partial": partial,
+        "output": target,
+        "splits": work.splits,
+        "out_batch": target.stride(0),
+        "out_head": target.stride(1),
+        "out_token": target.stride(2),
+        "batch_heads": batch * heads,
+        "heads": heads,
+        "length": length,
+        "split_batch": work.num_splits if work.splits.shape[0] > 1 else 0,
+    }
+    fixed = {"ROWS": _ROWS, "PART": 4, "SLOTS": 16, "DIM": dim}
+    programs = work.num_splits * batch * heads * (_ROWS // 4)
+    calls.launch(merge_blocks_kernel, programs, arguments, fixed)
 
 
 def _has_second(step: Pass) -> bool:
     return bool(step.terms & masks.SECOND_RUN.value)
 
 
-def _item_stride(work: Work) -> int:
+def _item_stride(work: Work | PairWork) -> int:
     return work.num_items if work.items.shape[0] > 1 else 0
-
-
-def _scratch(like: Tensor, rows: int, columns: int) -> Tensor:
-    return like.new_empty(max(rows, 1), columns, dtype=torch.float32)
 
 
 @functools.cache
@@ -359,3 +384,26 @@ def _of_queries(tensor: Tensor, heads: int, rows: int) -> Any:
     """The halves of tiles of ``rows`` rows: of their heads, or of the tokens of one head."""
     part = max(heads // 2, 1)
     return _of_query_tiles(tensor, part, rows // 2 // part)
+
+
+def _of_numbers(calls: Recording, rows: Tensor, heads: int, tokens: int) -> Any:
+    """Tiles of neighbouring heads x tokens of one number each, float32 ``[batch, heads, length]``.
+
+    Beyond a row's end they are 0; so are queries and their gradients, and their scores are hidden.
+    """
+    batch, all_heads, length = rows.shape
+    stride = length
+    if length % 4:
+        # Rows of a descriptor start at multiples of 16 bytes.
+        stride += 4 - length % 4
+        padded = calls.scratch(batch, all_heads, stride)
+        arguments = {"rows": rows, "padded": padded, "length": length, "stride": stride}
+        programs = batch * all_heads * -(-length // _PADDED)
+        calls.launch(pad_rows_kernel, programs, arguments, {"BLOCK": _PADDED})
+        rows = padded
+    packs = all_heads // heads
+    steps = [all_heads * stride, heads * stride, stride, 1]
+    layout = gl.NVMMASharedLayout(0, 32, 4)
+    return TensorDescriptor(
+        rows, [batch, packs, heads, length], steps, [1, 1, heads, tokens], layout
+    )

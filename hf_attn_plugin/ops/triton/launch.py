@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,31 +11,83 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_attn_plugin.ops.triton import hopper
-from hf_attn_plugin.ops.triton.dispatch import launch, on_device
+from hf_attn_plugin.ops.triton.dispatch import on_device
 from hf_attn_plugin.ops.triton.forward import forward_kernel
 from hf_attn_plugin.ops.triton.grad_key import grad_key_kernel
 from hf_attn_plugin.ops.triton.grad_query import grad_query_kernel
 from hf_attn_plugin.ops.triton.merge import merge_outputs_kernel, merge_sums_kernel
 from hf_attn_plugin.ops.triton.plan import Pass
-from hf_attn_plugin.ops.triton.problem import Problem, width
-from hf_attn_plugin.ops.triton.tiles import Tile
+from hf_attn_plugin.ops.triton.problem import Problem
+from hf_attn_plugin.ops.triton.recording import Recording, layout
+from hf_attn_plugin.ops.triton.tiles import Tile, pieces, width
 from hf_attn_plugin.ops.triton.work import Work
+
+# Layouts of calls that a plan keeps launches for: more come only where shapes change all the time.
+_MOST_LAYOUTS = 64
 
 
 def run_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, in new memory."""
-    query = problem.query
-    output, lse = empty_results(query, problem.value)
+    output, lse = empty_results(problem.query, problem.value)
     if lse.numel():
-        with on_device(query):
-            _forward(problem, output, lse)
+        _run(problem, _forward, output, lse)
     return output, lse
 
 
-def _forward(problem: Problem, output: Tensor, lse: Tensor) -> None:
+def run_backward(
+    problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value; and per row the mean of d weight, ``[batch, heads, q]``."""
+    inputs = (problem.query, problem.key, problem.value)
+    d_query, d_key, d_value = (torch.empty_like(t) for t in inputs)
+    delta, base_lse = torch.empty_like(lse), torch.empty_like(lse)
+    if lse.numel():
+        own = (output, lse, grad_output, grad_lse, d_query, base_lse, delta)
+        _run(problem, _grad_query, *own)
+    if problem.key.numel():
+        _run(problem, _grad_key, grad_output, base_lse, delta, d_key, d_value)
+    return d_query, d_key, d_value, delta
+
+
+def _run(problem: Problem, direction: Callable[..., None], *own: Tensor | None) -> None:
+    """Launch one direction: as it was recorded, or else as it comes, and then it is recorded.
+
+    Args:
+        problem: The call.
+        direction: Takes a recording, a problem, and
+        own: further tensors of this direction.
+    """
+    tensors = (*problem.tensors, *own)
+    numbers = (problem.tiles, problem.scaling, problem.softcap)
+    asked = (direction, numbers, *map(layout, tensors))
+    kept = problem.plan.recordings
+    recording = kept.get(asked)
+    with on_device(problem.query):
+        if recording is not None:
+            recording.repeat(tensors)
+            return
+        # A tensor that is given twice is two objects here, since they may differ the next time.
+        problem = dataclasses.replace(
+            problem,
+            query=problem.query.detach(),
+            key=problem.key.detach(),
+            value=problem.value.detach(),
+            sinks=None if problem.sinks is None else problem.sinks.detach(),
+            dense=None if problem.dense is None else problem.dense.detach(),
+        )
+        own = tuple(None if t is None else t.detach() for t in own)
+        recording = Recording([*problem.tensors, *own])
+        direction(recording, problem, *own)
+        recording.close()
+        if len(kept) >= _MOST_LAYOUTS:
+            kept.clear()
+        kept[asked] = recording
+
+
+def _forward(calls: Recording, problem: Problem, output: Tensor, lse: Tensor) -> None:
     query, key, value = problem.query, problem.key, problem.value
     if hopper.serves(problem, query, key, value, output):
-        hopper.forward(problem, output, lse)
+        hopper.forward(calls, problem, output, lse)
         return
     tile = problem.tiles.forward
     heads = tile.heads(problem.groups)
@@ -41,16 +95,16 @@ def _forward(problem: Problem, output: Tensor, lse: Tensor) -> None:
     earlier = None
     for last, step in _passes(problem):
         work = problem.work(step, tile)
-        target = output if last else torch.empty_like(output, dtype=torch.float32)
+        target = output if last else calls.scratch_like(output)
         unit = _unit(query, key, value)
         tma = _by_descriptor(step, unit, key, value)
         slices = work.num_slots * problem.batch * packs * tile.rows
-        state = _scratch(lse, slices, 2)
-        partial = _scratch(lse, slices, width(value.shape[3]))
+        state = _scratch(calls, lse, slices, 2)
+        partial = _scratch(calls, lse, slices, width(value.shape[3]))
         arguments = {
             "query": query,
-            "key": _keys_descriptor(key, tile.keys) if tma else key,
-            "value": _keys_descriptor(value, tile.keys) if tma else value,
+            **_key_tiles("key", key, tile.keys, tma),
+            **_key_tiles("value", value, tile.keys, tma),
             "output": target,
             "lse": lse,
             "sinks": problem.sinks,
@@ -66,29 +120,15 @@ def _forward(problem: Problem, output: Tensor, lse: Tensor) -> None:
             **problem.runtime(step, tile, work),
         }
         programs = work.num_items * problem.batch * packs
-        launch(forward_kernel, programs, arguments, problem.fixed(step, tile, unit, tma))
+        calls.launch(forward_kernel, programs, arguments, problem.fixed(step, tile, unit, tma))
         if work.num_splits:
             arguments = {"partial_output": partial, "partial_state": state, "lse": lse}
-            _merge(problem, step, tile, work, target, merge_outputs_kernel, arguments)
+            _merge(calls, problem, step, tile, work, target, merge_outputs_kernel, arguments)
         earlier = target
 
 
-def run_backward(
-    problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value; and per row the mean of d weight, ``[batch, heads, q]``."""
-    query, key, value = problem.query, problem.key, problem.value
-    d_query, d_key, d_value = (torch.empty_like(t) for t in (query, key, value))
-    delta, base_lse = torch.empty_like(lse), torch.empty_like(lse)
-    with on_device(query):
-        if lse.numel():
-            _grad_query(problem, output, lse, grad_output, grad_lse, d_query, base_lse, delta)
-        if key.numel():
-            _grad_key(problem, grad_output, base_lse, delta, d_key, d_value)
-    return d_query, d_key, d_value, delta
-
-
 def _grad_query(
+    calls: Recording,
     problem: Problem,
     output: Tensor,
     lse: Tensor,
@@ -100,22 +140,23 @@ def _grad_query(
 ) -> None:
     query, key, value = problem.query, problem.key, problem.value
     if hopper.serves(problem, query, key, value, output, grad_output, grad_query):
-        hopper.grad_query(problem, output, lse, grad_output, grad_lse, grad_query, base_lse, delta)
+        rows = (lse, grad_output, grad_lse, grad_query, base_lse, delta)
+        hopper.grad_query(calls, problem, output, *rows)
         return
     tile = problem.tiles.grad_query
     packs = query.shape[1] // tile.heads(problem.groups)
     earlier = None
     for last, step in _passes(problem):
         work = problem.work(step, tile)
-        target = grad_query if last else torch.empty_like(grad_query, dtype=torch.float32)
+        target = grad_query if last else calls.scratch_like(grad_query)
         unit = _unit(query, key, value, grad_output)
         tma = _by_descriptor(step, unit, key, value)
         slices = work.num_slots * problem.batch * packs * tile.rows
-        partial = _scratch(lse, slices, width(query.shape[3]))
+        partial = _scratch(calls, lse, slices, width(query.shape[3]))
         arguments = {
             "query": query,
-            "key": _keys_descriptor(key, tile.keys) if tma else key,
-            "value": _keys_descriptor(value, tile.keys) if tma else value,
+            **_key_tiles("key", key, tile.keys, tma),
+            **_key_tiles("value", value, tile.keys, tma),
             "output": output,
             "lse": lse,
             "grad_output": grad_output,
@@ -137,14 +178,15 @@ def _grad_query(
             **problem.runtime(step, tile, work),
         }
         programs = work.num_items * problem.batch * packs
-        launch(grad_query_kernel, programs, arguments, problem.fixed(step, tile, unit, tma))
+        calls.launch(grad_query_kernel, programs, arguments, problem.fixed(step, tile, unit, tma))
         if work.num_splits:
             arguments = {"partial": partial}
-            _merge(problem, step, tile, work, target, merge_sums_kernel, arguments)
+            _merge(calls, problem, step, tile, work, target, merge_sums_kernel, arguments)
         earlier = target
 
 
 def _grad_key(
+    calls: Recording,
     problem: Problem,
     grad_output: Tensor,
     base_lse: Tensor,
@@ -154,7 +196,7 @@ def _grad_key(
 ) -> None:
     query, key, value = problem.query, problem.key, problem.value
     if hopper.serves(problem, query, key, value, grad_output, grad_key, grad_value):
-        hopper.grad_key(problem, grad_output, base_lse, delta, grad_key, grad_value)
+        hopper.grad_key(calls, problem, grad_output, base_lse, delta, grad_key, grad_value)
         return
     tile = problem.tiles.grad_key
     heads = tile.heads(problem.groups)
@@ -164,20 +206,17 @@ def _grad_key(
         work = problem.work(step, tile, of_keys=True)
         targets = (grad_key, grad_value)
         if not last:
-            targets = (
-                torch.empty_like(grad_key, dtype=torch.float32),
-                torch.empty_like(grad_value, dtype=torch.float32),
-            )
+            targets = (calls.scratch_like(grad_key), calls.scratch_like(grad_value))
         unit = _unit(query, key, value, grad_output)
         tma = _by_descriptor(step, unit, query, grad_output)
         slices = work.num_slots * problem.batch * kv_heads * tile.keys
-        partials = [_scratch(delta, slices, width(t.shape[3])) for t in targets]
+        partials = [_scratch(calls, delta, slices, width(t.shape[3])) for t in targets]
         tokens = tile.rows // heads
         arguments = {
-            "query": _queries_descriptor(query, heads, tokens) if tma else query,
+            **_query_tiles("query", query, heads, tokens, tma),
             "key": key,
             "value": value,
-            "grad_output": _queries_descriptor(grad_output, heads, tokens) if tma else grad_output,
+            **_query_tiles("grad_output", grad_output, heads, tokens, tma),
             "base_lse": base_lse,
             "delta": delta,
             "grad_key": targets[0],
@@ -198,11 +237,16 @@ def _grad_key(
             **problem.runtime(step, tile, work),
         }
         programs = work.num_items * problem.batch * kv_heads
-        launch(grad_key_kernel, programs, arguments, problem.fixed(step, tile, unit, tma))
+        fixed = problem.fixed(step, tile, unit, tma)
+        for keys, values in [(True, False), (False, True)] if tile.apart else [(True, True)]:
+            parts = {"OF_KEYS": keys, "OF_VALUES": values}
+            calls.launch(grad_key_kernel, programs, arguments, fixed | parts)
         if work.num_splits:
             for partial, target in zip(partials, targets, strict=True):
                 sums: dict[str, Any] = {"partial": partial}
-                _merge(problem, step, tile, work, target, merge_sums_kernel, sums, of_keys=True)
+                _merge(
+                    calls, problem, step, tile, work, target, merge_sums_kernel, sums, of_keys=True
+                )
         earlier = targets
 
 
@@ -222,15 +266,16 @@ def _passes(problem: Problem) -> list[tuple[bool, Pass]]:
     return [(step is passes[-1], step) for step in passes]
 
 
-def _scratch(idle: Tensor, rows: int, columns: int) -> Tensor:
-    """float32 memory for partial results; ``idle``, which nobody then writes, where there are none.
+def _scratch(calls: Recording, idle: Tensor, rows: int, columns: int) -> Tensor:
+    """Memory for partial results; ``idle``, which nobody then writes, where there are none.
 
     Kernels get a pointer in any case: what is split must not change what is compiled.
     """
-    return idle.new_empty(rows, columns) if rows else idle
+    return calls.scratch(rows, columns) if rows else idle
 
 
 def _merge(
+    calls: Recording,
     problem: Problem,
     step: Pass,
     tile: Tile,
@@ -261,7 +306,7 @@ def _merge(
         "HEADS": heads,
         "TOKENS": tile.keys if of_keys else tile.rows // heads,
     }
-    launch(kernel, work.num_splits * problem.batch * packs, arguments, fixed)
+    calls.launch(kernel, work.num_splits * problem.batch * packs, arguments, fixed)
 
 
 def _strides(name: str, tensor: Tensor, unit: int = 1) -> dict[str, int]:
@@ -311,17 +356,28 @@ def _descriptor(base: Tensor, shape: list[int], strides: list[int], block: list[
     return TensorDescriptor(base, shape, [*safe[:-1], 1], block)
 
 
-def _keys_descriptor(tensor: Tensor, keys: int) -> Any:
-    return _descriptor(
-        tensor, list(tensor.shape), list(tensor.stride()), [1, 1, keys, width(tensor.shape[3])]
+def _key_tiles(name: str, tensor: Tensor, keys: int, tma: bool) -> dict[str, Any]:
+    """A descriptor of tiles of keys for each piece of columns, or a pointer to all."""
+    if not tma:
+        return {name: tensor, f"{name}_tail": None}
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    main, tail = (
+        _descriptor(tensor, shape, strides, [1, 1, keys, columns]) if columns else None
+        for columns in pieces(tensor.shape[3])
     )
+    return {name: main, f"{name}_tail": tail}
 
 
-def _queries_descriptor(tensor: Tensor, heads: int, tokens: int) -> Any:
-    """Of tiles of ``heads`` neighbouring heads x ``tokens`` tokens."""
-    if heads == 1:
-        return _keys_descriptor(tensor, tokens)
+def _query_tiles(name: str, tensor: Tensor, heads: int, tokens: int, tma: bool) -> dict[str, Any]:
+    """The same of tiles of ``heads`` neighbouring heads x ``tokens`` tokens."""
+    if not tma or heads == 1:
+        return _key_tiles(name, tensor, tokens, tma)
     batch, all_heads, length, dim = tensor.shape
     b, h, t, _ = tensor.stride()
     shape = [batch, all_heads // heads, heads, length, dim]
-    return _descriptor(tensor, shape, [b, heads * h, h, t, 1], [1, 1, heads, tokens, width(dim)])
+    strides = [b, heads * h, h, t, 1]
+    main, tail = (
+        _descriptor(tensor, shape, strides, [1, 1, heads, tokens, columns]) if columns else None
+        for columns in pieces(dim)
+    )
+    return {name: main, f"{name}_tail": tail}

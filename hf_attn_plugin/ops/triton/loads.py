@@ -1,4 +1,9 @@
-"""Pieces that the attention kernels share: work items, tiles of rows, scores."""
+"""What the attention kernels share: work items, tiles of rows, scores.
+
+Triton's tiles have powers of two as sizes. A tile of rows is a tuple of one or two pieces of its
+columns, WIDTH of them and TAIL more (192 are 128 + 64, 80 are 64 + 16), so that little is computed
+for nothing.
+"""
 
 # mypy: ignore-errors
 # ruff: noqa: N803, SIM108 - Triton's types, constants of the compiler in upper case
@@ -65,22 +70,113 @@ def tokens_at(order, index, inside):
 
 
 @triton.jit
-def inside_rows(inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """The elements of [rows, WIDTH] that lie inside, broadcastable."""
+def inside_columns(inside, FIRST: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """The elements of [rows, WIDTH] from column FIRST on that lie inside, broadcastable."""
     mask = inside[:, None]
-    if DIM != WIDTH:
-        mask = mask & (tl.arange(0, WIDTH) < DIM)[None, :]
+    if DIM < FIRST + WIDTH:
+        mask = mask & (FIRST + tl.arange(0, WIDTH) < DIM)[None, :]
     return mask
 
 
 @triton.jit
-def row_offsets(batch, head, token, strides, UNIT: tl.constexpr, WIDTH: tl.constexpr):
-    """Offsets of [rows, WIDTH] elements; strides count UNIT elements, which tells alignment."""
+def row_starts(batch, head, token, strides, UNIT: tl.constexpr):
+    """Offsets of the first elements of rows; strides count UNIT elements, which tells alignment."""
     of_batch, of_head, of_token = strides
-    row = (
+    offsets = (
         batch.to(tl.int64) * of_batch + head.to(tl.int64) * of_head + token.to(tl.int64) * of_token
-    ) * UNIT
-    return row[:, None] + tl.arange(0, WIDTH)[None, :]
+    )
+    return offsets * UNIT
+
+
+@triton.jit
+def load_columns(
+    source,
+    rows,
+    inside,
+    FIRST: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Columns FIRST to FIRST + WIDTH of rows at these offsets, zeros outside and beyond DIM."""
+    offsets = rows[:, None] + (FIRST + tl.arange(0, WIDTH))[None, :]
+    return tl.load(source + offsets, mask=inside_columns(inside, FIRST, DIM, WIDTH), other=0.0)
+
+
+@triton.jit
+def load_rows(source, rows, inside, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr):
+    """Rows at these offsets in their pieces of columns."""
+    tile = (load_columns(source, rows, inside, 0, DIM, WIDTH),)
+    if TAIL:
+        tile = (tile[0], load_columns(source, rows, inside, WIDTH, DIM, TAIL))
+    return tile
+
+
+@triton.jit
+def store_rows(
+    target, rows, inside, tile, DIM: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr
+):
+    """Write rows in their pieces of columns."""
+    kind: tl.constexpr = target.dtype.element_ty
+    offsets = rows[:, None] + tl.arange(0, WIDTH)[None, :]
+    mask = inside_columns(inside, 0, DIM, WIDTH)
+    tl.store(target + offsets, tile[0].to(kind), mask=mask)
+    if TAIL:
+        offsets = rows[:, None] + (WIDTH + tl.arange(0, TAIL))[None, :]
+        mask = inside_columns(inside, WIDTH, DIM, TAIL)
+        tl.store(target + offsets, tile[1].to(kind), mask=mask)
+
+
+@triton.jit
+def store_slice(partial, places, tile, WIDTH: tl.constexpr, TAIL: tl.constexpr):
+    """Write a slice's rows at their places in the scratch memory, whose rows are powers of two."""
+    length: tl.constexpr = 2 * WIDTH if TAIL else WIDTH
+    store_rows(partial, places * length, places >= 0, tile, WIDTH + TAIL, WIDTH, TAIL)
+
+
+@triton.jit
+def blank(ROWS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr):
+    """Sums of [ROWS, columns] before the first."""
+    tile = (tl.zeros([ROWS, WIDTH], tl.float32),)
+    if TAIL:
+        tile = (tile[0], tl.zeros([ROWS, TAIL], tl.float32))
+    return tile
+
+
+@triton.jit
+def scaled(tile, factor, TAIL: tl.constexpr):
+    """A tile in pieces times a factor: a number, or one for every row ([rows, 1])."""
+    result = (tile[0] * factor,)
+    if TAIL:
+        result = (result[0], tile[1] * factor)
+    return result
+
+
+@triton.jit
+def plus(tile, other, TAIL: tl.constexpr):
+    """The sum of two tiles in pieces."""
+    result = (tile[0] + other[0],)
+    if TAIL:
+        result = (result[0], tile[1] + other[1])
+    return result
+
+
+@triton.jit
+def products(left, right, TAIL: tl.constexpr, PRECISION: tl.constexpr):
+    """The product left @ right.T of two tiles in pieces."""
+    result = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION)
+    if TAIL:
+        result = tl.dot(left[1], tl.trans(right[1]), result, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def add_weighted(acc, weight, tile, TAIL: tl.constexpr, PRECISION: tl.constexpr):
+    """Add weight @ tile, both sums and tile in pieces."""
+    weight = weight.to(tile[0].dtype)
+    result = (tl.dot(weight, tile[0], acc[0], input_precision=PRECISION),)
+    if TAIL:
+        result = (result[0], tl.dot(weight, tile[1], acc[1], input_precision=PRECISION))
+    return result
 
 
 @triton.jit
@@ -95,15 +191,22 @@ def load_keys(
     UNIT: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """[BLOCK, WIDTH] keys or values of one head, zeros outside; ``source``: descriptor, pointer."""
+    """BLOCK keys or values of one head in their pieces, zeros outside.
+
+    ``source`` holds a descriptor for each piece, or a pointer.
+    """
     if TMA:
-        tile = source.load([batch, head, block * BLOCK, 0]).reshape([BLOCK, WIDTH])
+        tile = (source[0].load([batch, head, block * BLOCK, 0]).reshape([BLOCK, WIDTH]),)
+        if TAIL:
+            tail = source[1].load([batch, head, block * BLOCK, WIDTH]).reshape([BLOCK, TAIL])
+            tile = (tile[0], tail)
     else:
-        offsets = row_offsets(batch, head, token, strides, UNIT, WIDTH)
-        tile = tl.load(source + offsets, mask=inside_rows(inside, DIM, WIDTH), other=0.0)
+        rows = row_starts(batch, head, token, strides, UNIT)
+        tile = load_rows(source[0], rows, inside, DIM, WIDTH, TAIL)
     return tile
 
 
@@ -120,20 +223,27 @@ def load_queries(
     UNIT: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """[HEADS * TOKENS, WIDTH] rows of queries, or of what is shaped like them, head by head."""
+    """HEADS * TOKENS rows of queries, or of what is shaped like them, head by head, in pieces."""
     if TMA:
         if HEADS == 1:
-            tile = source.load([batch, pack, block * TOKENS, 0]).reshape([TOKENS, WIDTH])
+            tile = load_keys(
+                source, batch, pack, block, token, inside, strides,
+                UNIT, DIM, WIDTH, TAIL, TOKENS, True,
+            )  # fmt: skip
         else:
-            tile = source.load([batch, pack, 0, block * TOKENS, 0])
-            tile = tile.reshape([HEADS * TOKENS, WIDTH])
+            first = source[0].load([batch, pack, 0, block * TOKENS, 0])
+            tile = (first.reshape([HEADS * TOKENS, WIDTH]),)
+            if TAIL:
+                tail = source[1].load([batch, pack, 0, block * TOKENS, WIDTH])
+                tile = (tile[0], tail.reshape([HEADS * TOKENS, TAIL]))
     else:
-        offsets = row_offsets(batch, head, token, strides, UNIT, WIDTH)
-        tile = tl.load(source + offsets, mask=inside_rows(inside, DIM, WIDTH), other=0.0)
+        rows = row_starts(batch, head, token, strides, UNIT)
+        tile = load_rows(source[0], rows, inside, DIM, WIDTH, TAIL)
     return tile
 
 

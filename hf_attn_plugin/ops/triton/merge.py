@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from hf_attn_plugin.ops.triton.loads import LOG2E, inside_rows, row_offsets, tokens_at
+from hf_attn_plugin.ops.triton.loads import LOG2E, row_starts, store_rows, tokens_at
 
 _RUNTIME = [
     "out_batch",
@@ -65,9 +65,8 @@ def merge_outputs_kernel(
     head = pack * HEADS + row // TOKENS
     empty = total == 0.0
     safe = tl.where(empty, 1.0, total)
-    offsets = row_offsets(batch, head, token, (out_batch, out_head, out_token), 1, WIDTH)
-    out = (acc / safe[:, None]).to(output.dtype.element_ty)
-    tl.store(output + offsets, out, mask=inside_rows(in_q, DIM, WIDTH))
+    starts = row_starts(batch, head, token, (out_batch, out_head, out_token), 1)
+    store_rows(output, starts, in_q, (acc / safe[:, None],), DIM, WIDTH, 0)
     index = (batch * packs * HEADS + head).to(tl.int64) * length + token
     result = tl.where(empty, float("-inf"), (top + tl.log2(safe)) / LOG2E)
     tl.store(lse + index, result, mask=in_q)
@@ -105,6 +104,5 @@ def merge_sums_kernel(
     inside = place < length
     token = tokens_at(order, place, inside)
     head = pack * HEADS + row // TOKENS
-    offsets = row_offsets(batch, head, token, (out_batch, out_head, out_token), 1, WIDTH)
-    mask = inside_rows(inside, DIM, WIDTH)
-    tl.store(output + offsets, acc.to(output.dtype.element_ty), mask=mask)
+    starts = row_starts(batch, head, token, (out_batch, out_head, out_token), 1)
+    store_rows(output, starts, inside, (acc,), DIM, WIDTH, 0)

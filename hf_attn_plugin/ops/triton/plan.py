@@ -9,12 +9,14 @@ first call of the other kind compiles once more.)
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_attn_plugin.ops.triton import masks
+from hf_attn_plugin.ops.triton.recording import Recording
 from hf_attn_plugin.ops.triton.residues import far_runs
 from hf_attn_plugin.ops.triton.support import MAX_POSITION
 from hf_attn_plugin.ops.triton.work import (
@@ -105,10 +107,12 @@ class Plan:
         pattern: The pattern on the host, without the caller's own mask (which calls bring along, so
             that a plan keeps none of the caller's memory), with one offset or explicit positions.
         passes: In the order in which kernels go through them.
+        recordings: Launches of calls with this pattern, by their layouts; see `launch`.
     """
 
     def __init__(self, pattern: Pattern, device: torch.device) -> None:
         # The plan is made on the host, where numpy is; values on the device come over once.
+        self.recordings: dict[Hashable, Recording] = {}
         host = pattern.replace(dense=None).to("cpu")
         _check_positions(host)
         host = _plain(_one_offset(host))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugin.ops.triton.plan import Pass, Plan
-from hf_attn_plugin.ops.triton.tiles import Tile, Tiles
+from hf_attn_plugin.ops.triton.tiles import Tile, Tiles, pieces
 from hf_attn_plugin.ops.triton.work import Split, Work
 
 LOG2E = math.log2(math.e)
@@ -29,7 +29,7 @@ class Problem:
         tiles: Sizes of tiles.
         scaling: Factor on the scores, above 0.
         softcap: Cap of the scores or None.
-        dense: The pattern's mask of the caller's own, or None.
+        dense: The pattern's mask of the caller's own as int8, or None.
     """
 
     query: Tensor
@@ -41,6 +41,11 @@ class Problem:
     scaling: float
     softcap: float | None
     dense: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them, in a fixed order."""
+        return self.query, self.key, self.value, self.sinks, self.dense
 
     @property
     def batch(self) -> int:
@@ -82,7 +87,7 @@ class Problem:
             "kv_info_batch": batch_stride(step.kv_info),
             "q_order": step.q_order,
             "kv_order": step.kv_order,
-            "dense": None if dense is None else dense.view(torch.int8),
+            "dense": dense,
             **dict(zip(names, mask_strides, strict=True)),
             "group_packs": self.groups // tile.heads(self.groups),
             "q_len": self.query.shape[2],
@@ -103,8 +108,10 @@ class Problem:
             "SOFTCAP": self.softcap is not None,
             "HEAD_DIM": head_dim,
             "VALUE_DIM": value_dim,
-            "WIDTH": width(head_dim),
-            "VALUE_WIDTH": width(value_dim),
+            "WIDTH": pieces(head_dim)[0],
+            "TAIL": pieces(head_dim)[1],
+            "VALUE_WIDTH": pieces(value_dim)[0],
+            "VALUE_TAIL": pieces(value_dim)[1],
             "HEADS": heads,
             "TOKENS": tile.rows // heads,
             "KEYS": tile.keys,
@@ -113,11 +120,6 @@ class Problem:
             "STAGES": tile.stages,
             "num_warps": tile.warps,
         }
-
-
-def width(dim: int) -> int:
-    """Columns of a tile that holds ``dim`` of them."""
-    return max(16, 1 << (dim - 1).bit_length())
 
 
 def batch_stride(tensor: Tensor) -> int:

@@ -27,6 +27,8 @@ class Tile:
             queries, and visits fewer pairs outside of it, with the same matrix products.
         two_loops: Whether the visits that need no mask get a loop of their own before the others,
             rather than a branch: better where they are many.
+        apart: Whether the gradients of keys and of values are computed one after the other: a
+            fifth product, and room for larger tiles.
     """
 
     rows: int
@@ -35,6 +37,7 @@ class Tile:
     stages: int
     pack: int = 1
     two_loops: bool = False
+    apart: bool = False
 
     def heads(self, groups: int) -> int:
         """Query heads in one tile: the largest power of two that divides the group and fits."""
@@ -89,21 +92,36 @@ def choose_tiles(head_dim: int, value_dim: int, dtype: torch.dtype, shape: Shape
     Returns:
         Tiles that fit in 227 KiB of shared memory.
 
-    Measured in bfloat16 with head_dim 128 and 32 heads over 8, in milliseconds for the forward
-    kernel, the queries' gradients and the keys'. Causal attention at 16384 tokens: 4.2, 4.9, 8.4
-    (keys' gradients with the tiles for windows 9.0). A window of 1024 at 131072 tokens: 4.9, 6.2,
-    9.6 (with the tiles for long runs 11.5). 64 documents in 131072 tokens: keys' gradients 13.5
-    (15.1 with the tiles for long runs, 15.3 with those for windows).
+    Measured in bfloat16 with 32 heads over 8, in milliseconds for the forward kernel, the queries'
+    gradients and the keys'.
+
+    Heads of 128: causal attention at 16384 tokens: 4.2, 4.9, 8.4 (keys' gradients with the tiles
+    for windows 9.0). A window of 1024 at 131072 tokens: 4.9, 6.2, 9.6 (with the tiles for long runs
+    11.5). 64 documents in 131072 tokens: keys' gradients 13.5 (15.1 with the tiles for long runs,
+    15.3 with those for windows).
+
+    Other heads, causal at 8192 tokens and a window of 1024 at 32768: 80: 0.82, 1.03, 1.97 and 0.98,
+    1.20, 2.14 (with the tiles of 128: 0.89, 1.35, 2.47 and 1.02, 1.71, 2.30); 96: 0.98, 1.17, 2.01
+    and 1.07, 1.30, 2.25; 192 with values of 128: 1.40, 1.94, 3.05 and 1.75, 2.45, 3.33. On eight
+    warps, tiles of 64 rows split their columns and take twice as long (4.3, 5.2, 6.2). 256: 2.17
+    forward; the gradients' tiles are those of like shape that were best for 192, and that leave no
+    register spilled in the loop (sums of 512 columns do, hence apart).
     """
-    width = max(head_dim, value_dim)
+    columns, widest = head_dim + value_dim, max(head_dim, value_dim)
     if dtype == torch.float32:
-        size = 32 if width <= 128 else 16
+        size = 32 if widest <= 128 else 16
         tile = Tile(size, size, 4, 2, pack=2)
         return Tiles(tile, tile, tile)
-    if width > 128:
+    if columns > 320:
         return Tiles(
-            Tile(64, 64, 8, 2, pack=4), Tile(64, 32, 8, 2, pack=4), Tile(32, 64, 8, 2, pack=2)
+            Tile(128, 64, 8, 2, pack=4),
+            Tile(128, 32, 8, 2, pack=4),
+            Tile(64, 64, 4, 2, pack=4, apart=True),
         )
+    if columns > 256:
+        return Tiles(Tile(128, 64, 8, 3, pack=4), Tile(64, 32, 4, 3), Tile(32, 64, 4, 2, pack=2))
+    if 64 < widest <= 96:
+        return Tiles(Tile(128, 64, 4, 3, pack=4), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3, pack=4))
     forward, grad_query = Tile(64, 64, 4, 3), Tile(128, 64, 8, 3, pack=4)
     grad_key = {
         Shape.LONG: Tile(64, 128, 8, 3, two_loops=True),
@@ -111,3 +129,16 @@ def choose_tiles(head_dim: int, value_dim: int, dtype: torch.dtype, shape: Shape
         Shape.SHORT: Tile(64, 64, 4, 2, pack=4),
     }
     return Tiles(forward, grad_query, grad_key[shape])
+
+
+def width(dim: int) -> int:
+    """Columns of a tile that holds ``dim`` of them."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def pieces(dim: int) -> tuple[int, int]:
+    """Columns of the two pieces of a tile that holds ``dim`` of them; 0: there is no second."""
+    whole = width(dim)
+    main = whole // 2
+    tail = width(dim - main)
+    return (main, tail) if main >= 16 and tail < main else (whole, 0)

@@ -82,7 +82,12 @@ def poisoned() -> Iterator[None]:
         return empty
 
     with contextlib.ExitStack() as stack:
-        for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (torch.Tensor, "new_empty"),
+        ):
             stack.enter_context(mock.patch.object(owner, name, filled(getattr(owner, name))))
         yield
 

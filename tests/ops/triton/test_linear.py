@@ -51,7 +51,7 @@ def inputs(
     dtype: torch.dtype = torch.float32,
     dims: tuple[int, int] = (20, 18),
     batch: int = 2,
-    heads: tuple[int, int] = (2, 1),
+    heads: tuple[int, int] = (1, 1),
 ) -> list[Tensor]:
     """Query, key and value, tokens before heads as models have them."""
     torch.manual_seed(q_len + kv_len)
@@ -167,7 +167,8 @@ def assert_as_good_as_plain(
 def test_equals_the_definition(features: str, name: str, chunk: int) -> None:
     feature_map = MAPS.get(features, FavorFeatures(num_features=70))
     pattern = Pattern(q_len=LENGTH, kv_len=LENGTH, **PATTERNS[name])
-    tensors = inputs()
+    grouped = (features, chunk) != ("two tiles", 64) and "padding" in name  # the interpreter's time
+    tensors = inputs(heads=(2, 1) if grouped else (1, 1))
     output, _ = triton(tensors, pattern, feature_map=feature_map, chunk=chunk)
     found = with_gradients(output, tensors)
     for one, truth in zip(found, exact(tensors, pattern, feature_map), strict=True):
@@ -181,7 +182,7 @@ def test_equals_the_definition(features: str, name: str, chunk: int) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision(feature_map: FeatureMap, dtype: torch.dtype) -> None:
     pattern = Pattern(q_len=40, kv_len=40)
-    tensors = inputs(40, 40, dtype=dtype, dims=(32, 16), batch=1, heads=(4, 2))
+    tensors = inputs(40, 40, dtype=dtype, dims=(32, 16), batch=1, heads=(2, 1))
     output, state = triton(tensors, pattern, feature_map=feature_map)
     assert output.dtype == dtype and state.sums.dtype == torch.float32
     found = with_gradients(output, tensors)
@@ -208,7 +209,7 @@ def test_queries_at_other_places_than_keys(
     q_len: int, kv_len: int, offsets: dict[str, int]
 ) -> None:
     pattern = Pattern(q_len=q_len, kv_len=kv_len, **offsets)
-    tensors = inputs(q_len, kv_len)
+    tensors = inputs(q_len, kv_len, batch=1)
     output, _ = triton(tensors, pattern)
     found = with_gradients(output, tensors)
     for one, truth in zip(found, exact(tensors, pattern, EluFeatures()), strict=True):
@@ -231,7 +232,7 @@ def test_widths_that_fill_no_tile(dims: tuple[int, int]) -> None:
 @in_kernel
 def test_any_strides() -> None:
     pattern = Pattern(q_len=40, kv_len=40)
-    tensors = inputs(40, 40, batch=1)
+    tensors = inputs(40, 40, batch=1, heads=(2, 1))
     output, _ = triton(tensors, pattern)
     grads = torch.autograd.grad(output.sum(), tensors)  # of stride 0
     torch.testing.assert_close(
