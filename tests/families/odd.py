@@ -152,13 +152,15 @@ NOT_BUILT: dict[str, str] = {
     **dict.fromkeys(
         ["chmv2", "d_fine", "deimv2", "depth_anything", "depth_pro", "eomt", "eomt_dinov3",
          "lw_detr", "maskformer", "pp_doclayout_v2", "pp_doclayout_v3", "pp_doclayout_v4",
+         "pp_ocrv5_mobile_det", "pp_ocrv5_server_det", "pp_ocrv6_medium_det", "pp_ocrv6_small_det",
          "prompt_depth_anything", "rf_detr", "tipsv2_dpt", "rt_detr", "rt_detr_v2"], _DETECTOR),
     **dict.fromkeys(
         ["sam2", "sam2_hiera_det_model", "sam2_video", "sam2_vision_model", "sam3_tracker",
          "sam3_tracker_video", "sam3_vision_model", "sam3_vit_model"], _LARGE_IMAGES),
     **dict.fromkeys(["upernet", "vitmatte", "vitpose"], _ANY_BACKBONE),
     **dict.fromkeys(
-        ["pp_ocrv5_mobile_rec", "pp_ocrv5_server_rec", "pp_ocrv6_small_rec"], _OCR),
+        ["pp_ocrv5_mobile_rec", "pp_ocrv5_server_rec", "pp_ocrv6_small_rec", "pp_ocrv6_tiny_rec"],
+        _OCR),
     "vits": "durations drawn by random weights ask for hundreds of gigabytes",
     "edgetam_video": "reads a session of tracked video frames; no text",
     "efficientloftr": "matches the key points of image pairs; reads no text",

@@ -41,6 +41,8 @@ OUTCOMES = {
     "bart": EQUAL,
     "llava": EQUAL,  # a text model in a multimodal one
     "qwen3_next": EQUAL,  # recurrent layers
+    "fast_vlm": PART_EQUAL,
+    "got_ocr2": WHOLE_REFUSED,
     "t5": REFUSED,  # position biases
     "doge": REFUSED,  # computes with its mask
     "falcon": BYPASSING,
@@ -120,3 +122,8 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_a_table_with_holes_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="have no result"):
         table.write(tmp_path, tmp_path / "families.md")
+
+
+def test_the_table_calls_no_part_the_whole() -> None:
+    rows = table.read(TABLE)
+    assert not [name for name in odd.TEXT_TOWERS if rows[name]["outcome"] == EQUAL]

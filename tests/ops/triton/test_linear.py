@@ -6,6 +6,7 @@ is imported: `test_through_the_interpreter` runs this file again, in a process o
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -147,6 +148,9 @@ def assert_as_good_as_plain(
         2 * error(p, t) + floor
         for p, t in zip(plain(tensors, pattern, feature_map), truth, strict=True)
     ]
+    # Plain PyTorch's gradients through favor's features overflow in float16.
+    worst = max(budget for budget in budgets if math.isfinite(budget))
+    budgets = [budget if math.isfinite(budget) else worst for budget in budgets]
     errors = [error(f, t) for f, t in zip(found, truth, strict=True)]
     assert all(e <= b for e, b in zip(errors, budgets, strict=True)), (errors, budgets)
 
