@@ -150,6 +150,10 @@ class SparQConfig(MethodConfig):
         mean_block: With ``mean_value_reallocation``: one mean value per block of so many positions,
             of the keys not attended to, each with the approximate mass of just these keys. None
             is the paper's single mean over all visible values.
+        dense_below: Bytes of a layer's keys and values, the whole batch together, below which a
+            decoding step attends to all of them: so little is read faster than chosen from. 0
+            chooses always. None takes what was measured (`hf_attn_plugin.ops.sparq_backend`): 0 on
+            a CPU.
     """
 
     name: ClassVar[str] = "sparq"
@@ -164,6 +168,7 @@ class SparQConfig(MethodConfig):
     rank_coverage: float | None = None
     key_copy: str = "full"
     mean_block: int | None = None
+    dense_below: int | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -191,6 +196,18 @@ class SparQConfig(MethodConfig):
                     "SparQConfig: mean_block divides the mean value into blocks, and there is none "
                     "without mean_value_reallocation=True."
                 )
+        if self.dense_below is not None:
+            _require_int("SparQConfig", "dense_below", self.dense_below, 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parameters as plain JSON values, ``dense_below`` only where it is set.
+
+        It changes nothing about the method, and settings are told apart by what is here.
+        """
+        values = super().to_dict()
+        if self.dense_below is None:
+            del values["dense_below"]
+        return values
 
     def check_model(self, config: PreTrainedConfig) -> None:
         """Refuse a rank above the model's head_dim, the smallest where layers differ in it."""

@@ -173,6 +173,23 @@ def large_config(folder: Path) -> str:
     )  # fmt: skip
 
 
+def test_what_a_gpu_elsewhere_decodes_sparq_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def decoding(length: int, *options: str) -> str:
+        line = ["--length", str(length), "--dtype", "bfloat16", "--device", "cuda:9.0"]
+        (found,) = examine_json(capsys, large_config(tmp_path), *line, "--attn", "sparq", *options)[
+            "model"
+        ]["backends"]
+        return f"{found['decoding']} ({found['decoding_reason']})"
+
+    with_triton = ("--installed", "triton")
+    assert "sparq's own step: Triton" in decoding(65536, *with_triton)
+    assert "sparq attends to all keys: reading all" in decoding(1024, *with_triton)
+    assert "own step: Triton" in decoding(1024, *with_triton, "--dense-below", "0")
+    assert "may be slower than a kernel" in decoding(65536, "--installed", "flash-attn-4")
+
+
 def test_backends_of_a_gpu_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = large_config(tmp_path)
     line = [folder, "--length", "16384", "--dtype", "bfloat16", "--device", "cuda:9.0"]

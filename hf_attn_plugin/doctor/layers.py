@@ -15,6 +15,7 @@ from hf_attn_plugin.config import (
     METHOD_CONFIGS,
     LongformerConfig,
     SlidingWindowConfig,
+    SparQConfig,
     StridedConfig,
     parameters_of,
 )
@@ -24,6 +25,7 @@ from hf_attn_plugin.methods import METHODS
 from hf_attn_plugin.ops.backend import choose_backend
 from hf_attn_plugin.ops.call import Call
 from hf_attn_plugin.ops.linear_backend import LinearCall, choose_linear_backend
+from hf_attn_plugin.ops.sparq_backend import SparQBackend, SparQCall, choose_sparq_backend
 from hf_attn_plugin.patterns import Pattern, PatternMask
 
 _SLOW = "; may be slower than a kernel by an order of magnitude"
@@ -312,11 +314,43 @@ def _linear(layer: Layer, dtype: torch.dtype, target: Target) -> _Found:
     return _Found(f"linear attention: {choice.backend.value}", reason)
 
 
+def _sparq(layer: Layer, dtype: torch.dtype, target: Target) -> _Found:
+    """Of one sequence whose cache holds the prompt."""
+    parameters = parameters_of(getattr(layer.module, "config", None), SparQConfig)
+    choice = choose_sparq_backend(
+        SparQCall(
+            batch=1,
+            heads=layer.heads,
+            kv_heads=layer.kv_heads,
+            length=layer.pattern.kv_len,
+            head_dim=layer.head_dim,
+            value_dim=layer.value_dim,
+            dtype=dtype,
+            device_type=target.type,
+            capability=target.capability,
+            installed=target.installed,
+            top_k=parameters.top_k,
+            key_copy="none" if layer.latent else parameters.key_copy,
+            coverage=parameters.coverage is not None or parameters.rank_coverage is not None,
+            mean_block=parameters.mean_block,
+            dense_below=parameters.dense_below,
+        )
+    )
+    if choice.backend is SparQBackend.DENSE:
+        last = Pattern(q_len=1, kv_len=layer.pattern.kv_len, causal=layer.pattern.causal)
+        found = _chosen(layer, last, dtype, target, needs_grad=False)
+        return dataclasses.replace(found, reason=f"sparq attends to all keys: {choice.reason}")
+    reason = choice.reason + (_SLOW if choice.falls_back else "")
+    return _Found(f"sparq's own step: {choice.backend.value}", reason)
+
+
 def _decoding(layer: Layer, attn: str, dtype: torch.dtype, target: Target) -> _Found:
     if attn not in METHODS:
         return _Found(f"transformers' {attn}", "not one of this package's methods")
     if attn == "linear":
         return _Found("linear attention's recurrent state", "reads no keys")
+    if attn == "sparq" and target.type == "cuda" and layer.window is None and not layer.cross:
+        return _sparq(layer, dtype, target)
     if METHOD_CONFIGS[attn].decode_only and layer.window is None and not layer.cross:
         reason = "reads a part of the cache; see the table below"
         return _Found(f"{attn}'s own step in PyTorch", reason)

@@ -20,6 +20,7 @@ from hf_attn_plugin.config import SparQConfig, parameters_of
 from hf_attn_plugin.ops.reads import nbytes
 from hf_attn_plugin.ops.sparq.key_copy import FullBuffer, QuantizedBuffer, allocate_copy
 from hf_attn_plugin.ops.sparq.state import SparQState, attach_state
+from hf_attn_plugin.ops.sparq.store import stored_by_kernel
 from hf_attn_plugin.ops.sparq.sums import RunningSums
 
 
@@ -33,12 +34,14 @@ class _Buffers:
         copy: The keys once more; None without.
         complete: Whether what was stored last is still all in use. If not, the memory after it was
             handed out before and must not be written again.
+        by_kernel: Whether a kernel stores single tokens.
     """
 
     keys: Tensor
     values: Tensor
     copy: FullBuffer | QuantizedBuffer | None
     complete: bool = True
+    by_kernel: bool = False
 
     @classmethod
     def allocate(cls, keys: Tensor, values: Tensor, capacity: int, key_copy: str) -> _Buffers:
@@ -48,6 +51,7 @@ class _Buffers:
             keys=keys.new_empty(batch, kv_heads, capacity, head_dim),
             values=values.new_empty(batch, kv_heads, capacity, values.shape[-1]),
             copy=allocate_copy(key_copy, keys, capacity),
+            by_kernel=stored_by_kernel(keys, values),
         )
 
     def moved(self, keys: Tensor, values: Tensor, capacity: int) -> _Buffers:
@@ -73,6 +77,9 @@ class _Buffers:
     def write(self, start: int, keys: Tensor, values: Tensor) -> None:
         """Store keys and values from position ``start`` on."""
         stop = start + keys.shape[2]
+        if self.by_kernel and keys.shape[2] == 1:
+            self._write_token(start, keys, values)
+            return
         # `.data` leaves the version counters alone. Autograd may have saved a view returned
         # earlier; no such view reaches `start`, so what it saved stays as it was.
         self.keys.data[:, :, start:stop] = keys
@@ -80,10 +87,21 @@ class _Buffers:
         if self.copy is not None:
             self.copy.append(start, keys)
 
+    def _write_token(self, start: int, key: Tensor, value: Tensor) -> None:
+        """`write` of one token in one launch, which leaves version counters alone too."""
+        from hf_attn_plugin.ops.triton.sparq_append import append_token
+
+        column, place = (None, 0) if self.copy is None else self.copy.column(start)
+        append_token(key, value, self.keys, self.values, column, start, place)
+        if self.copy is not None:
+            self.copy.finish(start + 1)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> _Buffers:
         """Buffers with ``function`` applied to each."""
         copy = None if self.copy is None else self.copy.map(function)
-        return _Buffers(function(self.keys), function(self.values), copy, self.complete)
+        keys, values = function(self.keys), function(self.values)
+        by_kernel = stored_by_kernel(keys, values)
+        return _Buffers(keys, values, copy, self.complete, by_kernel)
 
     @property
     def copy_bytes(self) -> int:
@@ -95,10 +113,11 @@ class SparQLayer(DynamicLayer):
     """A dynamic cache layer for SparQ decoding (arXiv 2312.04985).
 
     The keys are stored a second time component-major, so that reading r components of all keys
-    reads r contiguous rows. All tensors live in buffers that grow by a quarter when they are full:
+    reads r contiguous rows. All tensors live in buffers that grow by a block when they are full:
     appending a token costs one small write, where concatenation would copy the whole cache and
     cost more than dense attention. In full, the copy adds half to the memory of a plain cache where
-    keys and values are equally wide; all that may have up to a quarter of itself as headroom.
+    keys and values are equally wide; all that has headroom for up to a quarter more positions, and
+    at most `MAX_HEADROOM`.
 
     ``update`` returns views of the buffers, and leaves a `SparQState` on the keys. Memory that was
     ever returned is never written again. With gradients enabled nothing is written in place at all:
@@ -109,6 +128,9 @@ class SparQLayer(DynamicLayer):
     """
 
     MIN_HEADROOM = 64  # positions; spares short prompts the first few growths
+    # Copying S positions once in so many steps is a thousandth of what the steps read of them.
+    MAX_HEADROOM = 4096
+    _ALIGNED = 64  # capacities on GPUs, whose kernels load rows that begin at multiples of 16 bytes
 
     def __init__(self, key_copy: str = "full", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -129,7 +151,9 @@ class SparQLayer(DynamicLayer):
         length = old + key_states.shape[2]
         buffers = self._buffers
         if buffers is None or buffers.capacity < length or not buffers.writable:
-            capacity = length + max(self.MIN_HEADROOM, length // 4)
+            headroom = min(max(self.MIN_HEADROOM, length // 4), self.MAX_HEADROOM)
+            unit = self._ALIGNED if key_states.is_cuda else 1
+            capacity = -(-(length + headroom) // unit) * unit
             if old and buffers is not None:
                 buffers = buffers.moved(*self._stored(), capacity)
             else:

@@ -19,6 +19,7 @@ from hf_attn_plugin.ops.sparq.static_copy import (
     StaticQuantizedCopy,
     allocate_static_copy,
 )
+from hf_attn_plugin.ops.sparq.store import stored_by_kernel
 from hf_attn_plugin.ops.sparq.sums import StaticRunningSums
 
 
@@ -38,29 +39,48 @@ class SparQStaticLayer(StaticLayer):
         self.key_copy = key_copy
         self._copy: StaticFullCopy | StaticQuantizedCopy | None = None
         self._sums: StaticRunningSums | None = None
+        self._by_kernel = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate everything for such keys and values."""
         super().lazy_initialization(key_states, value_states)
-        keys, _ = self._stored()
+        keys, values = self._stored()
         self._copy = allocate_static_copy(self.key_copy, keys, self.cumulative_length)
-        self._sums = StaticRunningSums(self.cumulative_length)
+        settle = torch._dynamo.mark_static_address
+        self._sums = StaticRunningSums(self.cumulative_length, settle)
+        self._by_kernel = stored_by_kernel(keys, values)
         if not torch.compiler.is_compiling():
             for tensor in [] if self._copy is None else self._copy.tensors():
-                torch._dynamo.mark_static_address(tensor)
-            torch._dynamo.mark_static_address(self._sums.counted)
+                settle(tensor)
+            settle(self._sums.counted)
         self._attach()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store ``[B, Hkv, new, D]`` keys and values; return all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self._by_kernel and key_states.shape[2] == 1 and not torch.is_grad_enabled():
+            return self._store_token(key_states, value_states)
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         if self._copy is not None:
             new = key_states.shape[2]
             # super() has counted them already.
             at = self.cumulative_length - new + torch.arange(new, device=keys.device)
             self._copy.append(at, key_states.detach(), keys.detach())
+        return keys, values
+
+    def _store_token(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """`update` of one token, in one launch and that of its count."""
+        from hf_attn_plugin.ops.triton.sparq_append import store_token_at
+
+        keys, values = self._stored()
+        self.cumulative_length.add_(1)
+        copy: tuple[Tensor | None, ...] = (None,) * 5
+        if self._copy is not None:
+            copy = self._copy.stored()
+        store_token_at(key, value, keys, values, *copy, self.cumulative_length)
         return keys, values
 
     def _stored(self) -> tuple[Tensor, Tensor]:
@@ -73,21 +93,26 @@ class SparQStaticLayer(StaticLayer):
         assert self._sums is not None
         components = None if self._copy is None else self._copy.components
         keys, _ = self._stored()
-        attach_state(keys, SparQState(self.key_copy, components, self._sums))
+        attach_state(
+            keys, SparQState(self.key_copy, components, self._sums, self.cumulative_length)
+        )
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.keys, self.values = map(function, self._stored())
+        self._by_kernel = stored_by_kernel(self.keys, self.values)
         if self._copy is not None:
             self._copy = self._copy.map(function)
         self._attach()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i continue beam ``beam_idx[i]``."""
+        """Let row i continue beam ``beam_idx[i]``; the tensors stay where they are."""
         if self.is_initialized:
             assert self._sums is not None
             reorder = lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device))  # noqa: E731
             self._sums.map_batch(reorder)
-            self._map(reorder)
+            copied = [] if self._copy is None else self._copy.rows()
+            for tensor in (*self._stored(), *copied):
+                tensor.copy_(reorder(tensor))
 
     def reset(self) -> None:
         """Forget all positions; the tensors stay where they are."""

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 import hf_attn_plugin
 from hf_attn_plugin.config import METHOD_CONFIGS, parse_parameters, validate_attn_params
+from hf_attn_plugin.lm_eval.always import choose_always
 from hf_attn_plugin.lm_eval.names import check_implementation
 from hf_attn_plugin.lm_eval.reads import KVReads
 
@@ -97,6 +98,8 @@ class AttentionLM(HFLM):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         super().__init__(pretrained, device=device, **given, **kwargs)
+        if isinstance(pretrained, str):  # of a model in memory its owner decides
+            choose_always(self.model)
         if hasattr(self, "accelerator") and self.world_size == 1 and "tp_plan" not in kwargs:
             # lm-eval shares the requests out among GPUs only; CPU processes would each do all.
             self._rank = self.accelerator.process_index

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_attn_plugin.config import MethodConfig, configure
+from hf_attn_plugin.lm_eval.always import choose_always
 from hf_attn_plugin.lm_eval.names import check_implementation
 from hf_attn_plugin.lm_eval.options import check_metadata
 from hf_attn_plugin.lm_eval.reads import KVReads
@@ -233,17 +234,18 @@ def _attention(
         }
         previous = {"": config._attn_implementation, **parts}
     params = copy.deepcopy(getattr(config, "attn_params", None))
-    training = model.training
+    training, changed = model.training, parameters is not None
     try:
         if parameters is not None:
             configure(model, parameters)
         if attn is not None:
             model.set_attn_implementation(attn)
+        changed = choose_always(model) or changed
         yield
     finally:
         if attn is not None:
             model.set_attn_implementation(previous)
-        if parameters is not None:
+        if changed:
             config.attn_params = params
         model.train(training)
 

@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import warnings
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_attn_plugin.config import SparQConfig
 from hf_attn_plugin.methods.call import AttentionCall, attend, read_call
-from hf_attn_plugin.methods.counting import COUNTER_ATTRIBUTE, record
-from hf_attn_plugin.methods.decoding import decodes_over_the_past, visible_to_last
-from hf_attn_plugin.ops.reads import nbytes
+from hf_attn_plugin.methods.counting import is_counted, record
+from hf_attn_plugin.methods.decoding import (
+    VisibleKeys,
+    decodes_over_the_past,
+    visible_keys,
+    visible_to_last,
+)
+from hf_attn_plugin.ops.backend import capability_of, installed_packages
+from hf_attn_plugin.ops.reads import CacheReads, nbytes
 from hf_attn_plugin.ops.sparq import sparq_decode
+from hf_attn_plugin.ops.sparq.decode import refuse_sinks
 from hf_attn_plugin.ops.sparq.key_copy import Components, StridedComponents
+from hf_attn_plugin.ops.sparq.reads import reads_of_kernels
 from hf_attn_plugin.ops.sparq.state import SparQState, sparq_state
 from hf_attn_plugin.ops.sparq.sums import BlockSums
+from hf_attn_plugin.ops.sparq_backend import (
+    SparQBackend,
+    SparQCall,
+    SparQChoice,
+    choose_sparq_backend,
+)
+from hf_attn_plugin.ops.triton.decode_plan import is_capturing
 from hf_attn_plugin.patterns import PatternMask
+
+logger = logging.get_logger(__name__)
+
+_INSTALLED = installed_packages()
+
+
+class SparQWarning(UserWarning):
+    """A decoding step of ``sparq`` on a GPU is computed without a kernel, and why."""
 
 
 def sparq_attention(
@@ -55,21 +83,40 @@ def sparq_attention(
     # The cached tensors as they are: autocast's copies of them would have to be made every step.
     state = sparq_state(key)
     _check_state(call, parameters, state)
-    visible = visible_to_last(call)
-    sums, sums_bytes = None, 0
-    own_mask = call.pattern.dense is not None and not torch.compiler.is_compiling()
-    if state is not None and parameters.mean_value_reallocation and own_mask:
-        # What its last query sees tells nothing of what later ones will.
-        if call.is_decoding:
-            sums = BlockSums.of(value, visible, parameters.mean_block)
-            sums_bytes = nbytes(value)
-    elif state is not None and parameters.mean_value_reallocation:
-        # After prefill too, where the values have just been read anyway.
-        sums, sums_bytes = state.sums.update(
-            value, visible, parameters.mean_block, new=query.shape[2]
-        )
     if not call.is_decoding:
+        if state is not None and parameters.mean_value_reallocation and not _own_mask(call):
+            # The values have just been read anyway.
+            visible = visible_to_last(call)
+            state.sums.update(value, visible, parameters.mean_block, new=query.shape[2])
         return attend(call, call.pattern)
+    refuse_sinks(call.sinks, parameters.mean_value_reallocation)
+    choice = _choose(call, parameters, key, value, state)
+    if choice.backend is SparQBackend.DENSE:
+        return attend(call, call.pattern)
+    step = _step_in_triton if choice.backend is SparQBackend.TRITON else _step_in_torch
+    output, reads = step(call, parameters, rank, key, value, state)
+    if reads is not None:
+        record(module, "sparq", read=reads.total, dense=reads.dense)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _step_in_torch(
+    call: AttentionCall,
+    parameters: SparQConfig,
+    rank: int,
+    key: Tensor,
+    value: Tensor,
+    state: SparQState | None,
+) -> tuple[Tensor, CacheReads]:
+    """The output ``[batch, heads, 1, value_dim]``, and what was read for it."""
+    visible = visible_to_last(call)
+    sums, added = None, 0
+    if state is not None and parameters.mean_value_reallocation:
+        if _own_mask(call):
+            # What its query sees tells nothing of what later ones will.
+            sums, added = BlockSums.of(value, visible, parameters.mean_block), nbytes(value)
+        else:
+            sums, added = state.sums.update(value, visible, parameters.mean_block)
     output, reads = sparq_decode(
         call.query,
         key,
@@ -88,8 +135,161 @@ def sparq_attention(
         softcap=call.softcap,
         sinks=call.sinks,
     )
-    record(module, "sparq", read=reads.total + sums_bytes, dense=reads.dense)
-    return output.transpose(1, 2).contiguous(), None
+    return output, dataclasses.replace(reads, mean=reads.mean + added)
+
+
+def _step_in_triton(
+    call: AttentionCall,
+    parameters: SparQConfig,
+    rank: int,
+    key: Tensor,
+    value: Tensor,
+    state: SparQState | None,
+) -> tuple[Tensor, CacheReads | None]:
+    """`_step_in_torch` by kernels; what is read is only counted where somebody asks."""
+    from hf_attn_plugin.ops.triton.sparq import triton_sparq
+
+    length = None if state is None else state.length
+    visible, local_window = visible_keys(call, length), parameters.resolve_local_window()
+    value_sum = value_count = recent = None
+    if parameters.mean_value_reallocation:
+        value_sum, value_count = _value_sum(call, value, state, visible)
+    if visible.seen is not None:
+        recent = _window_start(call, visible, local_window)
+    components = None if state is None else state.components
+    compiling = torch.compiler.is_compiling()
+    # A model may be spread over GPUs, and kernels start on the current one.
+    with contextlib.nullcontext() if compiling else torch.cuda.device_of(key):
+        output = triton_sparq(
+            call.query.to(key.dtype),
+            key,
+            value,
+            rank=rank,
+            top_k=parameters.top_k,
+            local_window=local_window,
+            mean_value_reallocation=parameters.mean_value_reallocation,
+            coverage=parameters.coverage,
+            rank_coverage=parameters.rank_coverage,
+            scaling=call.scaling,
+            components=components,
+            value_sum=value_sum,
+            value_count=value_count,
+            stop=visible.stop,
+            visible=visible.seen,
+            recent=recent,
+            softcap=call.softcap,
+            sinks=call.sinks,
+        )
+    reads = None
+    if is_counted(call.module):
+        reads = reads_of_kernels(
+            key,
+            value,
+            visible=_counts(visible, key),
+            rank=rank,
+            top_k=parameters.top_k,
+            components=components,
+            mean=value_sum is not None,
+            summed=state is None or _own_mask(call),
+        )
+    return output.to(call.query.dtype), reads
+
+
+def _value_sum(
+    call: AttentionCall, value: Tensor, state: SparQState | None, visible: VisibleKeys
+) -> tuple[Tensor, Tensor]:
+    """The sum of the visible values, float32 ``[batch, kv_heads, value_dim]``, and their number."""
+    seen = visible.seen
+    if state is not None and not _own_mask(call):
+        count = None
+        if seen is not None:
+            count = _once(call, "seen", functools.partial(seen.sum, -1))
+        return state.sums.follow(value, seen, count)
+    if seen is None and visible.stop is not None:
+        seen = (torch.arange(value.shape[2], device=value.device) < visible.stop)[None]
+    sums = BlockSums.of(value, seen, None)
+    return sums.total[:, :, 0], sums.seen[:, 0]
+
+
+def _window_start(call: AttentionCall, visible: VisibleKeys, window: int) -> Tensor:
+    """Where the last ``window`` visible keys begin, int64 ``[batch or 1]``."""
+    from hf_attn_plugin.ops.triton.sparq_append import window_start
+
+    seen = visible.seen
+    assert seen is not None
+    return _once(call, ("window start", window), lambda: window_start(seen, visible.stop, window))
+
+
+def _once(call: AttentionCall, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """What ``make`` returns, for all layers of a forward; in a captured graph for each by itself.
+
+    A replay must compute it anew, and may be given a pattern that was used before.
+    """
+    captured = not torch.compiler.is_compiling() and is_capturing(call.query.device)
+    return make() if captured else call.pattern.derive((key, str(call.query.device)), make)
+
+
+def _counts(visible: VisibleKeys, key: Tensor) -> list[int]:
+    """How many keys every row sees; a traced graph must not look at values and takes all."""
+    batch, length = key.shape[0], key.shape[2]
+    if torch.compiler.is_compiling():
+        return [length] * batch
+    if visible.seen is not None:
+        return [int(count) for count in visible.seen.sum(-1).expand(batch).tolist()]
+    return [length if visible.stop is None else int(visible.stop)] * batch
+
+
+def _choose(
+    call: AttentionCall,
+    parameters: SparQConfig,
+    key: Tensor,
+    value: Tensor,
+    state: SparQState | None,
+) -> SparQChoice:
+    """What computes the step, chosen once for all layers of a shape and said once."""
+    copied = "none" if state is None or state.components is None else state.key_copy
+    counted = is_counted(call.module)
+    tensors = (call.query, key, value)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+    def choose() -> SparQChoice:
+        choice = choose_sparq_backend(
+            SparQCall(
+                batch=key.shape[0],
+                heads=call.query.shape[1],
+                kv_heads=key.shape[1],
+                length=key.shape[2],
+                head_dim=key.shape[3],
+                value_dim=value.shape[3],
+                dtype=key.dtype,
+                device_type=key.device.type,
+                capability=capability_of(key.device),
+                installed=_INSTALLED,
+                top_k=parameters.top_k,
+                key_copy=copied,
+                coverage=parameters.coverage is not None or parameters.rank_coverage is not None,
+                mean_block=parameters.mean_block,
+                dense_below=parameters.dense_below,
+                needs_grad=needs_grad,
+                counted=counted,
+                mixed=key.dtype != value.dtype,
+                scattered=key.stride(3) != 1 or value.stride(3) != 1,
+            )
+        )
+        if choice.falls_back:
+            _warn_once(f"{choice.backend.value}: {choice.reason}")
+        if choice.notice is not None:
+            _say_once(choice.notice)
+        return choice
+
+    shapes = (call.query.shape, key.shape, value.shape, key.dtype, value.dtype, key.device)
+    told = (parameters, copied, counted, needs_grad, key.stride(3), value.stride(3))
+    return call.pattern.derive(("sparq choice", *shapes, *told), choose)
+
+
+def _own_mask(call: AttentionCall) -> bool:
+    """Whether a mask of the caller's own, drawn for this call, is the whole truth."""
+    return call.pattern.dense is not None and not torch.compiler.is_compiling()
 
 
 def _check_state(call: AttentionCall, parameters: SparQConfig, state: SparQState | None) -> None:
@@ -119,5 +319,30 @@ def _components(
 ) -> Components | None:
     """The keys by component."""
     if parameters.key_copy == "none":
-        return StridedComponents(key, counted=hasattr(call.module, COUNTER_ATTRIBUTE))
+        return StridedComponents(key, counted=is_counted(call.module))
     return None if state is None else state.components
+
+
+@functools.cache
+def _say(text: str) -> None:
+    logger.warning("attn_implementation='sparq': %s.", text)
+
+
+def _say_once(text: str) -> None:
+    """Log, at most once per text; under torch.compile while it traces."""
+    _say(text)
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    warnings.warn(f"attn_implementation='sparq': {text}.", SparQWarning, stacklevel=5)
+
+
+def _warn_once(text: str) -> None:
+    """Warn, at most once per text; under torch.compile while it traces."""
+    _warn(text)
+
+
+# What torch.compiler.assume_constant_result does, without importing Dynamo and with it Triton.
+for _function in (_say_once, _warn_once):
+    _function.__dict__["_dynamo_marked_constant"] = True

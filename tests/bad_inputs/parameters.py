@@ -73,6 +73,7 @@ CASES = [
     refused("SparQConfig", "above 0 and at most 1", rank_coverage="0.9"),
     refused("SparQConfig", "'full', 'int8', 'int4', 'none'", key_copy="fp8"),
     refused("SparQConfig", "mean_value_reallocation=True", mean_block=64),
+    refused("SparQConfig", "an integer >= 0", dense_below=-1),
     refused("ExactTopKConfig", "an integer >= 1", top_k=-5),
     refused("H2OConfig", "from 1 to 128", local_window=0),
     refused("LMInfiniteConfig", "an integer >= 1", window=0),

@@ -130,6 +130,22 @@ def test_random_packed_documents(kind: str) -> None:
         check(case, dense=False)
 
 
+@pytest.mark.parametrize("tokens", [7, 5])
+def test_a_mask_of_ones_hides_nothing_of_a_static_cache(tokens: int) -> None:
+    """It covers the tokens there are; one that is shorter hides those that it does not cover."""
+    case: Case = dict(
+        batch_size=2,
+        q_length=1,
+        kv_length=20,
+        q_offset=torch.tensor(6),
+        kv_offset=0,
+        mask_function=masking_utils.causal_mask_function,
+        attention_mask=torch.ones(2, tokens, dtype=torch.long),
+    )
+    check(case, dense=False)
+    assert (pattern_mask(**case).pattern.key_valid is None) == (tokens == 7)
+
+
 def test_static_caches_hand_the_finished_mask_back() -> None:
     case = {"batch_size": 2, "q_length": 3, "kv_length": 8, "q_offset": 2}
     made = pattern_mask(**case)

@@ -397,3 +397,20 @@ def test_parameters_travel_with_the_model(name, tmp_path):
     build(LLAMA, "sparq", OPTIONS[name]).save_pretrained(tmp_path)
     config = LlamaConfig.from_pretrained(tmp_path)
     assert SparQConfig(**config.attn_params["sparq"]) == OPTIONS[name]
+
+
+def test_the_size_below_which_steps_are_dense():
+    """Kept where it is set; settings without it are written as before there was one."""
+    assert "dense_below" not in SparQConfig().to_dict()
+    assert SparQConfig(dense_below=0).to_dict()["dense_below"] == 0
+    with pytest.raises(ValueError, match="dense_below must be an integer >= 0, got -1"):
+        SparQConfig(dense_below=-1)
+    ids = prompt(1, 20)
+    dense = generate(build("llama", "flash"), ids)
+    # 24 positions, 2 KV heads, keys and values of 8 float64.
+    everything = SparQConfig(rank=3, top_k=5, local_window=2, dense_below=27 * 2 * 2 * 8 * 8)
+    same(generate(build("llama", "sparq", everything), ids), dense)
+    later = SparQConfig(rank=3, top_k=5, local_window=2, dense_below=24 * 2 * 2 * 8 * 8)
+    found = generate(build("llama", "sparq", later), ids)[1]
+    torch.testing.assert_close(found[:, :4], dense[1][:, :4], rtol=1e-4, atol=1e-4)
+    assert (found[:, 4] - dense[1][:, 4]).abs().max() > 1e-3

@@ -88,11 +88,7 @@ def sparq_decode(
             ``mean_value_reallocation``: 1 − α would hand the sink's mass to the mean value.
     """
     _check(query, keys, values, rank, top_k, local_window)
-    if sinks is not None and mean_value_reallocation:
-        raise ValueError(
-            "sparq: mean_value_reallocation is not defined with attention sinks, whose mass would "
-            "go to the mean value; set mean_value_reallocation=False."
-        )
+    refuse_sinks(sinks, mean_value_reallocation)
     batch, heads, _, head_dim = query.shape
     kv_heads, length = keys.shape[1], keys.shape[2]
     accumulate = torch.promote_types(query.dtype, torch.float32)
@@ -138,6 +134,15 @@ def sparq_decode(
         mean=mean_bytes,
         dense=dense,
     )
+
+
+def refuse_sinks(sinks: Tensor | None, mean_value_reallocation: bool) -> None:
+    """Raise ``ValueError`` for attention sinks together with a mean value."""
+    if sinks is not None and mean_value_reallocation:
+        raise ValueError(
+            "sparq: mean_value_reallocation is not defined with attention sinks, whose mass would "
+            "go to the mean value; set mean_value_reallocation=False."
+        )
 
 
 def _check(

@@ -19,7 +19,7 @@ from hf_attn_plugin.ops.scores import BLOCK, combine
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 128  # positions that share a scale and an offset, per component
-_CHUNK = 32  # groups quantised at a time, so that no float32 copy of a long prompt is made
+CHUNK = 32  # groups quantised at a time, so that no float32 copy of a long prompt is made
 _CACHE_LINE = 64  # bytes
 
 
@@ -131,7 +131,7 @@ class QuantizedComponents:
         (codes, scale, offset, tail), read = zip(*taken, strict=True)
         groups = max(1, BLOCK // GROUP)
         pieces = [
-            part @ _restore(c, s, o, self.bits, part.dtype)
+            part @ restore(c, s, o, self.bits, part.dtype)
             for c, s, o in zip(
                 codes.split(groups, dim=3),
                 scale.split(groups, dim=3),
@@ -164,7 +164,7 @@ def quantize(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scale[..., 0], low[..., 0].to(groups.dtype)
 
 
-def _restore(codes: Tensor, scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def restore(codes: Tensor, scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """[B, Hkv, r, positions] of what `quantize` made."""
     if bits == 4:
         codes = torch.cat([codes & 15, codes >> 4], dim=-1)
@@ -197,6 +197,13 @@ class FullBuffer:
     def append(self, start: int, keys: Tensor) -> None:
         """Store keys from position ``start`` on."""
         self.keys_t.data[..., start : start + keys.shape[2]] = keys.transpose(2, 3)
+
+    def column(self, position: int) -> tuple[Tensor, int]:
+        """Where the key of a position goes: a tensor [B, Hkv, D, any] and the place in its rows."""
+        return self.keys_t, position
+
+    def finish(self, length: int) -> None:
+        """To be called when ``column`` was written for the last of ``length`` positions."""
 
     def components(self, length: int) -> FullComponents:
         """The first ``length`` positions."""
@@ -264,12 +271,22 @@ class QuantizedBuffer:
         self._fill(group, self.tail)
         rest = keys_t[..., room:]
         whole = rest.shape[-1] // GROUP
-        for first in range(0, whole, _CHUNK):
-            last = min(first + _CHUNK, whole)
+        for first in range(0, whole, CHUNK):
+            last = min(first + CHUNK, whole)
             self._fill(group + 1 + first, rest[..., first * GROUP : last * GROUP])
         self.tail = self.tail.new_empty(self.tail.shape)
         left = rest[..., whole * GROUP :]
         self.tail[..., : left.shape[-1]] = left
+
+    def column(self, position: int) -> tuple[Tensor, int]:
+        """See `FullBuffer.column`."""
+        return self.tail, position % GROUP
+
+    def finish(self, length: int) -> None:
+        """See `FullBuffer.finish`: quantises the tail when it is full."""
+        if length % GROUP == 0:
+            self._fill(length // GROUP - 1, self.tail)
+            self.tail = self.tail.new_empty(self.tail.shape)
 
     def _fill(self, group: int, keys_t: Tensor) -> None:
         """Quantise whole groups of positions into the buffers from ``group`` on."""

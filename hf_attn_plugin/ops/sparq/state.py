@@ -27,11 +27,13 @@ class SparQState:
         key_copy: How the keys are kept a second time: a ``SparQConfig.key_copy``.
         components: That copy; None with ``key_copy="none"``.
         sums: The running sums of that cache layer's values, shared by all its states.
+        length: Of a cache with room for more than it holds: the positions in use, 0-dimensional.
     """
 
     key_copy: str
     components: Components | None
     sums: RunningSums | StaticRunningSums
+    length: Tensor | None = None
 
 
 def attach_state(keys: Tensor, state: SparQState) -> None:

@@ -30,7 +30,10 @@ class StaticFullCopy:
     @classmethod
     def allocate(cls, keys: Tensor, length: Tensor) -> StaticFullCopy:
         """For ``keys`` [B, Hkv, S, D]."""
-        return cls(torch.zeros_like(keys.transpose(2, 3), memory_format=torch.contiguous_format))
+        batch, kv_heads, positions, head_dim = keys.shape
+        # Rows that begin at multiples of 16 bytes, as kernels load them.
+        room = -(-positions // key_copy.GROUP) * key_copy.GROUP
+        return cls(keys.new_zeros(batch, kv_heads, head_dim, room)[..., :positions])
 
     @property
     def components(self) -> FullComponents:
@@ -44,6 +47,14 @@ class StaticFullCopy:
     def tensors(self) -> list[Tensor]:
         """All tensors."""
         return [self.keys_t]
+
+    def rows(self) -> list[Tensor]:
+        """Those with a batch dimension."""
+        return [self.keys_t]
+
+    def stored(self) -> tuple[Tensor | None, ...]:
+        """The tensors in the order in which `ops.triton.sparq_append` takes them."""
+        return self.keys_t, None, None, None, None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> StaticFullCopy:
         """``function`` applied to every tensor with a batch dimension."""
@@ -59,8 +70,9 @@ class StaticFullCopy:
 class StaticQuantizedCopy:
     """`QuantizedComponents` of fixed length.
 
-    Every step quantises the whole group that it adds to, again and again until the group is full;
-    until then the tail covers it. So no step depends on where in a group it is.
+    In PyTorch, every step quantises the whole group that it adds to, again and again until the
+    group is full; until then the tail covers it. So no step depends on where in a group it is. The
+    kernel of `ops.triton.sparq_append` quantises a group when it is full.
 
     Attributes:
         components: What a decoding step reads; ``codes`` has room for one group more than S
@@ -95,10 +107,12 @@ class StaticQuantizedCopy:
         store, group = self.components, key_copy.GROUP
         touched = (new.shape[2] + group - 2) // group + 1  # at most, wherever the first one is
         last_group = store.codes.shape[3] - 1
-        groups = (at[0] // group + torch.arange(touched, device=at.device)).clamp(max=last_group)
-        made = quantize(self._columns(groups, keys).unflatten(-1, (-1, group)), store.bits)
-        for buffer, part in zip((store.codes, store.scale, store.offset), made, strict=True):
-            buffer.index_copy_(3, groups, part)
+        for start in range(0, touched, key_copy.CHUNK):
+            some = torch.arange(start, min(start + key_copy.CHUNK, touched), device=at.device)
+            groups = (at[0] // group + some).clamp(max=last_group)
+            made = quantize(self._columns(groups, keys).unflatten(-1, (-1, group)), store.bits)
+            for buffer, part in zip((store.codes, store.scale, store.offset), made, strict=True):
+                buffer.index_copy_(3, groups, part)
         tail_group = (at[-1:] + 1) // group
         store.tail.copy_(self._columns(tail_group, keys))
         assert store.tail_at is not None
@@ -115,7 +129,17 @@ class StaticQuantizedCopy:
         """All tensors."""
         parts = self.components
         assert parts.tail_at is not None
-        return [parts.codes, parts.scale, parts.offset, parts.tail, parts.tail_at]
+        return [*self.rows(), parts.tail_at]
+
+    def rows(self) -> list[Tensor]:
+        """Those with a batch dimension."""
+        parts = self.components
+        return [parts.codes, parts.scale, parts.offset, parts.tail]
+
+    def stored(self) -> tuple[Tensor | None, ...]:
+        """The tensors in the order in which `ops.triton.sparq_append` takes them."""
+        parts = self.components
+        return parts.tail, parts.codes, parts.scale, parts.offset, parts.tail_at
 
     def map(self, function: Callable[[Tensor], Tensor]) -> StaticQuantizedCopy:
         """``function`` applied to every tensor with a batch dimension."""

@@ -185,6 +185,30 @@ class RunningSums:
         self._sums, self.counted = sums, length
         return sums.head(blocks), nbytes(added)
 
+    def follow(
+        self, values: Tensor, visible: Tensor | None, wanted: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`update` with one block for all and one new position, on a GPU, in one launch.
+
+        Args:
+            values: [B, Hkv, S, Dv], all cached values; float16, bfloat16 or float32.
+            visible: bool [B or 1, S], which of them count; None is all.
+            wanted: int64 [B or 1], how many these are; given with ``visible``.
+
+        Returns:
+            The sums, float32 [B, Hkv, Dv], and how many values they have, int64 [B]; no value was
+            waited for.
+        """
+        sums, length = self._sums, values.shape[2]
+        if sums is None or sums.block is not None or self.counted >= length:
+            sums = BlockSums.empty(values, 1, None)
+        elif _is_frozen(sums.total):
+            sums = sums.map(torch.clone)
+        _add_value(values, sums, visible, wanted, None, None, length)
+        self._unmasked = self._unmasked and visible is None
+        self._sums, self.counted = sums, length
+        return sums.total[:, :, 0], sums.seen[:, 0]
+
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch dimension, such as a reordering of beams."""
         if self._sums is not None:
@@ -210,25 +234,26 @@ class RunningSums:
 class StaticRunningSums:
     """`RunningSums` of a cache whose tensors stay in place, for compiled decoding steps.
 
-    Attributes:
+    Args:
         length: 0-dimensional int64, the positions in use; the cache layer counts it up.
+        settle: Told of every tensor that is made later and then stays where it is.
+
+    Attributes:
+        length: See above.
         counted: 0-dimensional int64, the positions accounted for.
     """
 
-    def __init__(self, length: Tensor) -> None:
+    def __init__(self, length: Tensor, settle: Callable[[Tensor], object] | None = None) -> None:
         self.length = length
         self.counted = torch.zeros_like(length)
         self._sums: BlockSums | None = None
+        self._settle = settle
 
     def update(
         self, values: Tensor, visible: Tensor | None, block: int | None, new: int = 1
     ) -> tuple[BlockSums, int]:
         """See `RunningSums.update`; a traced graph adds exactly the last ``new`` positions."""
-        if self._sums is None or self._sums.block != block:
-            blocks = 1 if block is None else math.ceil(values.shape[2] / block)
-            self._sums = BlockSums.empty(values, blocks, block)
-            self.counted.zero_()
-        sums = self._sums
+        sums = self._of_blocks(values, block)
         if torch.compiler.is_compiling():
             first = self.length - new
             torch._assert_async(
@@ -255,10 +280,30 @@ class StaticRunningSums:
         self.counted.copy_(self.length)
         return sums, nbytes(added)
 
+    def follow(
+        self, values: Tensor, visible: Tensor | None, wanted: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `RunningSums.follow`; ``wanted`` counts positions in use only."""
+        sums = self._of_blocks(values, None)
+        _add_value(values, sums, visible, wanted, self.length, self.counted, 0)
+        return sums.total[:, :, 0], sums.seen[:, 0]
+
+    def _of_blocks(self, values: Tensor, block: int | None) -> BlockSums:
+        """The sums in such blocks; new ones where there are none."""
+        if self._sums is None or self._sums.block != block:
+            blocks = 1 if block is None else math.ceil(values.shape[2] / block)
+            self._sums = BlockSums.empty(values, blocks, block)
+            self.counted.zero_()
+            if self._settle is not None and not torch.compiler.is_compiling():
+                self._settle(self._sums.total)
+                self._settle(self._sums.seen)
+        return self._sums
+
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply a change of the batch dimension, such as a reordering of beams."""
+        """Apply a change of the batch dimension, such as a reordering of beams, in place."""
         if self._sums is not None:
-            self._sums = self._sums.map(function)
+            for tensor in (self._sums.total, self._sums.seen):
+                tensor.copy_(function(tensor))
 
     def reset(self) -> None:
         """Forget all positions; the tensors stay where they are."""
@@ -271,6 +316,20 @@ class StaticRunningSums:
     def nbytes(self) -> int:
         """Bytes allocated."""
         return 0 if self._sums is None else nbytes(self._sums.total, self._sums.seen)
+
+
+def _add_value(
+    values: Tensor,
+    sums: BlockSums,
+    visible: Tensor | None,
+    wanted: Tensor | None,
+    length: Tensor | None,
+    counted: Tensor | None,
+    last: int,
+) -> None:
+    from hf_attn_plugin.ops.triton.sparq_append import add_value
+
+    add_value(values, sums.total, sums.seen, visible, wanted, length, counted, last)
 
 
 def _is_frozen(tensor: Tensor) -> bool:

@@ -1,0 +1,427 @@
+"""SparQ's kernels against its definition, `ops.sparq.decode`, in float64.
+
+On a GPU as they are; without one through Triton's interpreter, which must be chosen before Triton
+is imported: `test_through_the_interpreter` runs this file again, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_attn_plugin.ops.choice import most_recent
+from hf_attn_plugin.ops.sparq.decode import sparq_decode
+from hf_attn_plugin.ops.sparq.key_copy import (
+    FullComponents,
+    QuantizedComponents,
+    StridedComponents,
+    allocate_copy,
+)
+from hf_attn_plugin.ops.sparq.sums import BlockSums
+from hf_attn_plugin.ops.triton import support_sparq
+from hf_attn_plugin.ops.triton.support_sparq import sparq_refuses
+from tests.ops.test_attention_property import within_budget
+from tests.test_structure import imported
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+in_kernel = pytest.mark.skipif(
+    not (CUDA or INTERPRETED), reason="run by test_through_the_interpreter"
+)
+COPIES = ["full", "int8", "int4", "none"]
+CASES = 5
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run here")
+def test_through_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "--tb=short"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
+
+
+def triton_sparq(*inputs, **options) -> Tensor:
+    from hf_attn_plugin.ops.triton.sparq import triton_sparq as operation
+
+    return operation(*inputs, **options)
+
+
+@dataclasses.dataclass
+class Step:
+    """One decoding step: a cache of which some positions are in use and visible.
+
+    Attributes:
+        query: [B, H, 1, D].
+        keys: [B, Hkv, N, D], NaN where nothing is visible.
+        values: [B, Hkv, N, Dv], likewise.
+        components: The copy, likewise.
+        first: [B], the first visible key.
+        stop: [B], one after the last.
+        mask: bool [B, N], which between them are visible; None is all.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    components: Any
+    first: Tensor
+    stop: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def visible(self) -> Tensor:
+        """bool [B, N]."""
+        at = torch.arange(self.keys.shape[2], device=self.keys.device)
+        seen = (at >= self.first[:, None]) & (at < self.stop[:, None])
+        return seen if self.mask is None else seen & self.mask
+
+
+def make_step(
+    batch: int,
+    kv_heads: int,
+    groups: int,
+    length: int,
+    dims: tuple[int, int] = (32, 32),
+    copy: str = "full",
+    dtype: torch.dtype = torch.float32,
+    lengths: list[tuple[int, int]] | None = None,
+    mask: bool = False,
+) -> Step:
+    """Random tensors, in buffers with room for more; ``lengths`` are (first, stop) of each row."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape).to(DEVICE, dtype)
+
+    capacity = -(-length // 128) * 128 + 128
+    keys = normal(batch, kv_heads, capacity, dims[0])[:, :, :length]
+    values = normal(batch, kv_heads, capacity, dims[1])[:, :, :length]
+    lengths = lengths or [(0, length)] * batch
+    first, stop = torch.tensor(lengths, dtype=torch.int32, device=DEVICE).T
+    seen = torch.rand(batch, length, device=DEVICE) < 0.7 if mask else None
+    query = normal(batch, groups * kv_heads, 1, dims[0]) * 2
+    step = Step(query, keys, values, None, first, stop, seen)
+    hidden = ~step.visible
+    buffer = allocate_copy(copy, keys, capacity)
+    if buffer is None:
+        step.components = StridedComponents(keys, counted=False)
+    else:
+        buffer.append(0, keys)
+        step.components = buffer.components(length)
+    if isinstance(step.components, FullComponents):
+        step.components.keys_t.masked_fill_(hidden[:, None, None], float("nan"))
+    keys.masked_fill_(hidden[:, None, :, None], float("nan"))
+    values.masked_fill_(hidden[:, None, :, None], float("nan"))
+    return step
+
+
+def run(step: Step, **options) -> Tensor:
+    """What the kernels compute."""
+    tensors: dict[str, Tensor] = {"first": step.first, "stop": step.stop}
+    if step.mask is not None:
+        tensors["visible"] = step.mask
+        window = most_recent(step.visible, options["local_window"])
+        # Where there is no window, it begins after the last position.
+        begin = torch.where(window.any(1), window.to(torch.uint8).argmax(1), window.shape[1])
+        tensors["recent"] = begin
+    if options["mean_value_reallocation"]:
+        sums = BlockSums.of(step.values, step.visible, None)
+        tensors["value_sum"] = sums.total[:, :, 0].float()
+        tensors["value_count"] = sums.seen[:, 0]
+    components = step.components
+    return triton_sparq(
+        step.query, step.keys, step.values, components=components, **tensors, **options
+    )
+
+
+def expected(step: Step, dtype: torch.dtype, **options) -> Tensor:
+    """The definition, in ``dtype``; it needs numbers where nothing is visible."""
+    components = step.components
+
+    def exact(tensor: Tensor) -> Tensor:
+        return tensor.nan_to_num(0.0).to(dtype)
+
+    if isinstance(components, FullComponents):
+        components = FullComponents(exact(components.keys_t))
+    elif isinstance(components, QuantizedComponents):
+        parts = {name: exact(getattr(components, name)) for name in ("scale", "offset", "tail")}
+        components = dataclasses.replace(components, **parts)
+    else:
+        components = None
+    if options.get("sinks") is not None:
+        options["sinks"] = exact(options["sinks"])
+    tensors = (exact(t) for t in (step.query, step.keys, step.values))
+    output, _ = sparq_decode(*tensors, components=components, visible=step.visible, **options)
+    return output
+
+
+def options_for(**changes) -> dict[str, Any]:
+    return {
+        "rank": 8,
+        "top_k": 24,
+        "local_window": 6,
+        "mean_value_reallocation": True,
+        **changes,
+    }
+
+
+def assert_right(step: Step, **options) -> Tensor:
+    """Within the budget of the definition; returns what the kernels computed."""
+    got = run(step, **options)
+    want = expected(step, torch.float64, **options)
+    plain = expected(step, step.query.dtype, **options)
+    assert got.shape == want.shape
+    within_budget("output", got, want, plain, step.query.dtype, options)
+    return got
+
+
+@in_kernel
+@pytest.mark.parametrize("copy", COPIES)
+def test_random_calls(copy: str) -> None:
+    """Shapes, lengths, masks, options; float32, so that the kernels choose what the oracle does."""
+    rng = random.Random(COPIES.index(copy))
+    torch.manual_seed(COPIES.index(copy))
+    for case in range(CASES):
+        batch, kv_heads = rng.choice([(1, 1), (2, 1), (1, 2)])
+        groups = rng.choice([1, 2, 3, 5])
+        length = rng.choice([40, 129, 256, 300])
+        starts = [rng.randrange(0, length // 3) for _ in range(batch)]
+        lengths = [(start, rng.randrange(start + 2, length + 1)) for start in starts]
+        dims = rng.choice([(32, 32), (24, 40)])
+        step = make_step(
+            batch, kv_heads, groups, length, dims, copy, lengths=lengths, mask=case % 3 == 2
+        )
+        top_k = rng.choice([1, 7, 24, 40])
+        sinks = torch.randn(groups * kv_heads, device=DEVICE) if rng.random() < 0.4 else None
+        assert_right(
+            step,
+            rank=rng.choice([1, 6, 16]),
+            top_k=top_k,
+            local_window=rng.choice([0, 1, top_k // 2, top_k]),
+            mean_value_reallocation=sinks is None and rng.random() < 0.7,
+            coverage=rng.choice([None, 0.3, 0.9]),
+            rank_coverage=rng.choice([None, 0.5]),
+            softcap=rng.choice([None, 3.0]),
+            scaling=rng.choice([None, 0.3]),
+            sinks=sinks,
+        )
+
+
+@in_kernel
+@pytest.mark.parametrize("copy", ["full", "none"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_half_precision(copy: str, groups: int) -> None:
+    torch.manual_seed(1)  # no two components tie, which half precision's often do
+    step = make_step(1, 2, groups, 200, (64, 64), copy, torch.float16)
+    assert_right(step, **options_for(rank=16))
+
+
+@in_kernel
+@pytest.mark.parametrize("copy", ["full", "none"])
+def test_in_one_kernel(copy: str) -> None:
+    """One query head per KV head: the scores, the choice and the attention by one program."""
+    from hf_attn_plugin.ops.triton.sparq_launch import Tiles
+
+    torch.manual_seed(0)
+    step = make_step(2, 2, 1, 300, copy=copy, lengths=[(0, 300), (20, 50)], mask=copy == "full")
+    tiles = Tiles(128, 4, 2, copy == "none", 0, 1, whole=True, run=8, chunk=16)
+    for options in (options_for(), options_for(coverage=0.7, rank_coverage=0.6)):
+        torch.testing.assert_close(run(step, tiles=tiles, **options), assert_right(step, **options))
+
+
+@in_kernel
+def test_a_wrong_choice_is_seen() -> None:
+    """The control: what `assert_right` judges by tells one key more from one less."""
+    torch.manual_seed(0)
+    step = make_step(1, 1, 2, 200)
+    want = expected(step, torch.float64, **options_for())
+    for change in ({"top_k": 23}, {"local_window": 0}, {"rank": 7}):
+        got = run(step, **options_for(**change))
+        with pytest.raises(AssertionError):
+            within_budget("output", got, want, want, torch.float32, change)
+
+
+@in_kernel
+@pytest.mark.parametrize("groups", [1, 2])
+def test_ties_go_to_the_first_keys(groups: int) -> None:
+    """All scores are equal: the local window, and then the lowest indices."""
+    step = make_step(1, 1, groups, 140, (16, 256), lengths=[(3, 130)])
+    step.query.zero_()
+    step.values[:] = torch.eye(256, device=DEVICE)[:140]
+    got = run(step, **options_for(top_k=9, local_window=4, mean_value_reallocation=False))
+    chosen = [3, 4, 5, 6, 7, 126, 127, 128, 129]
+    want = torch.zeros(256, device=DEVICE)
+    want[chosen] = 1 / 9
+    torch.testing.assert_close(got[0], want.expand(groups, 1, -1))
+
+
+@in_kernel
+@pytest.mark.parametrize("groups", [1, 3])
+def test_what_is_visible_fits(groups: int) -> None:
+    """k at or above the visible keys is dense attention; without any, the output is 0."""
+    torch.manual_seed(0)
+    step = make_step(3, 1, groups, 140, lengths=[(5, 25), (0, 0), (100, 140)])
+    got = assert_right(step, **options_for(top_k=40))
+    assert got[1].eq(0).all()
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        step.query[:1], step.keys[:1, :, 5:25], step.values[:1, :, 5:25], enable_gqa=True
+    )
+    torch.testing.assert_close(got[:1], dense)
+    sinks = torch.full((groups,), 30.0, device=DEVICE)  # which take nearly everything
+    options = options_for(mean_value_reallocation=False, sinks=sinks, coverage=0.5)
+    assert_right(step, **options)
+
+
+@in_kernel
+@pytest.mark.parametrize("copy", ["full", "int4", "none"])
+def test_strides_of_caches(copy: str) -> None:
+    """Tokens before heads in memory, lengths that no block fits, an odd number of elements."""
+    torch.manual_seed(0)
+    step = make_step(2, 2, 2, 199, (32, 48), copy)
+    want = run(step, **options_for())
+    apart = dataclasses.replace(
+        step,
+        query=torch.cat([step.query.transpose(1, 2)] * 3, -1)[..., 32:64].transpose(1, 2),
+        keys=torch.cat([step.keys] * 2, 1).transpose(1, 2).contiguous().transpose(1, 2)[:, 1:3],
+        values=torch.cat([step.values, step.values[..., :3]], -1)[..., :48],
+    )
+    apart.keys = apart.keys.roll(1, 1).transpose(1, 2).contiguous().transpose(1, 2)
+    if isinstance(step.components, FullComponents):
+        keys_t = torch.cat([step.components.keys_t, step.components.keys_t[..., :2]], -1)
+        apart.components = FullComponents(keys_t[..., :199])
+    assert not apart.keys.is_contiguous()
+    assert torch.equal(apart.keys, step.keys)
+    torch.testing.assert_close(run(apart, **options_for()), want)
+
+
+@in_kernel
+@pytest.mark.parametrize("bits", [8, 4])
+def test_tail_of_a_static_cache(bits: int) -> None:
+    """Where the tail begins is known to the device; codes of the same positions are rubbish."""
+    torch.manual_seed(0)
+    step = make_step(1, 2, 2, 256, copy=f"int{bits}", lengths=[(0, 200)])
+    whole = step.components
+    tail = torch.zeros(1, 2, 32, 128, device=DEVICE)
+    tail[..., :72] = step.keys[:, :, 128:200].transpose(2, 3)
+    tail[..., 72:] = float("nan")
+    static = dataclasses.replace(
+        whole, tail=tail, tail_at=torch.tensor(128, device=DEVICE), length=256
+    )
+    got = run(dataclasses.replace(step, components=static), **options_for())
+    dynamic = dataclasses.replace(
+        whole,
+        codes=whole.codes[:, :, :, :1],
+        scale=whole.scale[..., :1],
+        offset=whole.offset[..., :1],
+        tail=tail[..., :72],
+    )
+    shorter = dataclasses.replace(step, components=dynamic)
+    shorter.keys, shorter.values = step.keys[:, :, :200], step.values[:, :, :200]
+    torch.testing.assert_close(got, assert_right(shorter, **options_for()))
+
+
+@in_kernel
+def test_lengths_of_any_integer_type() -> None:
+    torch.manual_seed(0)
+    step = make_step(2, 1, 1, 150)
+    want = run(step, **options_for(mean_value_reallocation=False))
+    inputs = (step.query, step.keys, step.values)
+    options = options_for(mean_value_reallocation=False, components=step.components)
+    assert torch.equal(triton_sparq(*inputs, **options), want)
+    stop = torch.tensor(150, device=DEVICE)
+    assert torch.equal(triton_sparq(*inputs, stop=stop, **options), want)
+    stop = torch.tensor([150, 149], device=DEVICE)
+    got = triton_sparq(*inputs, stop=stop, **options)
+    assert torch.equal(got[0], want[0])
+    assert not torch.equal(got[1], want[1])
+
+
+@in_kernel
+def test_compiles() -> None:
+    torch.manual_seed(0)
+    step = make_step(2, 1, 2, 150, lengths=[(0, 150), (3, 100)])
+    want = run(step, **options_for())
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(step, **options_for()), want)
+
+
+@in_kernel
+def test_custom_op() -> None:
+    torch.manual_seed(0)
+    step = make_step(1, 1, 2, 140)
+    copy = (step.components.keys_t, *(None,) * 5)
+    arguments = (None, None, step.first, step.stop, None, None, None, 8, 24, 6, 0)
+    import hf_attn_plugin.ops.triton.sparq  # noqa: F401 - registers the operator
+
+    torch.library.opcheck(
+        torch.ops.hf_attn_plugin.sparq.default,
+        (step.query, step.keys, step.values, *copy, *arguments, None, None, 0.2, None),
+    )
+
+
+@in_kernel
+def test_refused_calls_raise() -> None:
+    step = make_step(1, 1, 2, 40)
+    inputs = (step.query, step.keys, step.values)
+    options = options_for(mean_value_reallocation=False)
+    for changes, message in (
+        ({"local_window": 25}, "local_window 0 to top_k"),
+        ({"rank": 0}, "at least 1"),
+        ({"mean_value_reallocation": True}, "needs value_sum"),
+        ({"visible": torch.ones(1, 40, dtype=torch.bool)}, "go together"),
+        ({"components": object()}, "cannot read a object"),
+        ({"components": FullComponents(step.keys.transpose(2, 3))}, "contiguous along"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            triton_sparq(*inputs, **{**options, **changes})
+    for wrong, message in (
+        ((step.query.expand(1, 2, 2, 32), *inputs[1:]), "one query"),
+        ((inputs[0].half(), *inputs[1:]), "share a dtype"),
+        ((*inputs[:2], step.values[:, :, :7]), "must agree"),
+        ((inputs[0], step.keys.transpose(2, 3), step.values), "must agree"),
+        (tuple(t.double() for t in inputs), "not torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            triton_sparq(*wrong, **options)
+
+
+def test_what_is_refused() -> None:
+    call = {
+        "device_type": "cuda",
+        "dtype": torch.bfloat16,
+        "head_dim": 128,
+        "value_dim": 128,
+        "groups": 4,
+        "length": 131072,
+        "top_k": 128,
+    }
+    assert sparq_refuses(**call) is None
+    for change, reason in (
+        ({"device_type": "cpu"}, "not on cpu"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"head_dim": 512}, "head_dim of up to 256"),
+        ({"value_dim": 257}, "value_dim of up to 256"),
+        ({"groups": 128}, "query heads per KV head"),
+        ({"top_k": 2000}, "up to 1024 keys"),
+        ({"length": 2**21}, "keys, not 2097152"),
+        ({"mean_block": 64}, "mean_block"),
+        ({"needs_grad": True}, "no backward"),
+    ):
+        refused = sparq_refuses(**{**call, **change})
+        assert refused is not None
+        assert reason in refused
+    assert sparq_refuses(**{**call, "top_k": 2000, "length": 1000}) is None
+
+
+def test_refusing_imports_no_triton() -> None:
+    assert "triton" not in imported(Path(support_sparq.__file__))
