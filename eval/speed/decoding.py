@@ -1,6 +1,6 @@
 """Decoding over a long cache: our split-key kernel beside PyTorch's and FlashAttention-4.
 
-    hf-attn bench decode          or    python -m eval.speed.decoding --out DIR
+    hf-attn bench decode dense    or    python -m eval.speed.decoding --out DIR
 
 Times are of the device; "host" is what one call takes the host, which a CUDA graph saves.
 """

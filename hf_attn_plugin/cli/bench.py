@@ -17,18 +17,20 @@ HELP = "measure speed and memory beside PyTorch's and FlashAttention's kernels (
 OTHERS = {
     "compile": "compile_tax",
     "model": "in_model",
-    "decode": "decoding",
+    "decode": "decode",
     "linear": "linear",
 }
 # Options that not all of them take, and who does; "table" is the comparison of cases.
 _TAKEN_BY = {
     "peers": ("table", "compile", "model"),
     "quick": ("table", "model", "decode", "linear"),
-    "fresh": ("table", "model"),
-    "no_figures": ("table",),
+    "fresh": ("table", "model", "decode"),
+    "no_figures": ("table", "decode"),
     "peer_timeout": ("table", "model"),
     "tokens": ("model",),
-    "layers": ("model",),
+    "layers": ("model", "decode"),
+    "model": ("decode",),
+    "scores": ("decode",),
 }
 _PEER_TIMEOUT = 240.0
 _PACKAGE = "hf_attn_plugin.eval_speed"
@@ -40,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Compare outputs and gradients of every contender with a float64 reference, then time them "
         "in one process. What is measured already is not measured again. Exit status: 1 when "
         "numbers are wrong (their times are not reported). Instead of cases: `compile` (what the "
-        "first call costs in a fresh process), `model` (a LoRA step), `decode`, `linear`; `draw` "
-        "draws the picture of kept results."
+        "first call costs in a fresh process), `model` (a LoRA step), `decode` (all of its parts, "
+        "or those named after it; --list names them), `linear`; `draw` draws the picture of kept "
+        "results."
     )
     parser.add_argument(
         "cases", metavar="CASE", nargs="*", help="cases to measure (all; --list names them)"
@@ -72,14 +75,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model = parser.add_argument_group("for hf-attn bench model")
     model.add_argument("--tokens", type=int, metavar="N", help="tokens of the step (default 65536)")
-    model.add_argument("--layers", type=int, metavar="N", help="default: those of the real models")
+    model.add_argument(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="default: those of the real models (hf-attn bench decode generation too)",
+    )
+    decode = parser.add_argument_group("for hf-attn bench decode")
+    decode.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="a folder of eval/lab.py, on whose queries and keys SparQ's errors are measured",
+    )
+    decode.add_argument(
+        "--scores",
+        type=Path,
+        metavar="FILE",
+        help="results.json of hf-attn sweep on that model (default: "
+        "eval/results/sweep/lab/results.json); no speed is shown without its quality",
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure what was asked for."""
     what = args.cases[0] if args.cases else None
-    if what in {*OTHERS, "draw"} and len(args.cases) > 1:
+    if what in {*OTHERS, "draw"} - {"decode"} and len(args.cases) > 1:
         raise ValueError(f"hf-attn bench {what} takes no cases; got {' '.join(args.cases[1:])}.")
     _check_options(what if what in {*OTHERS, "draw"} else "table", args)
     for name in ("tokens", "layers", "peer_timeout"):
@@ -89,6 +111,9 @@ def run(args: argparse.Namespace) -> int:
     table = speed_module("attention")
     if args.list:
         print(table.listing())
+        parts = speed_module(OTHERS["decode"]).PARTS
+        print("parts of hf-attn bench decode:")
+        print("\n".join(f"  {name:<12}{text}" for name, text in parts.items()))
         return 0
     if what == "draw":
         print(table.draw(args.out))
@@ -125,6 +150,8 @@ def _check_options(what: str, args: argparse.Namespace) -> None:
 
 def _run_other(what: str, args: argparse.Namespace) -> int:
     module = speed_module(OTHERS[what])
+    if what == "decode":
+        return _run_decode(module, args)
     if args.peers is not None:
         module.check_peers(args.peers)
     _check_gpu()
@@ -146,6 +173,26 @@ def _run_other(what: str, args: argparse.Namespace) -> int:
             say=_say,
         )
     return module.run(args.out, command=command, quick=args.quick)
+
+
+def _run_decode(module: ModuleType, args: argparse.Namespace) -> int:
+    if args.worker is not None:
+        return module.work(args.worker)
+    parts = args.cases[1:]
+    if set(module.chosen_parts(parts, args.model)) - set(module.WITHOUT_GPU):
+        _check_gpu()
+    return module.run(
+        args.out,
+        command=command_line(sys.argv[1:]),
+        parts=parts,
+        quick=args.quick,
+        fresh=args.fresh,
+        figures=not args.no_figures,
+        layers=args.layers,
+        model=args.model,
+        scores=args.scores,
+        say=_say,
+    )
 
 
 def speed_module(name: str) -> ModuleType:

@@ -44,12 +44,16 @@ def test_a_gpu_is_asked_for(
     [
         (["fulll"], "no case named fulll: choose from full, window-1024"),
         (["--peers", "fa5"], "no peer named fa5: choose from sdpa-flash"),
-        (["full", "--layers", "2"], "--layers is for hf-attn bench model; hf-attn bench with"),
+        (["full", "--layers", "2"], "--layers is for hf-attn bench model, hf-attn bench decode; "),
         (["decode", "--peers", "fa4"], "--peers is for hf-attn bench, hf-attn bench compile, "),
         (["linear", "--fresh"], "hf-attn bench linear has no use for it"),
         (["compile", "--quick"], "hf-attn bench compile has no use for it"),
         (["decode", "--peer-timeout", "9"], "hf-attn bench decode has no use for it"),
-        (["model", "--no-figures"], "--no-figures is for hf-attn bench; hf-attn bench model"),
+        (["model", "--no-figures"], "--no-figures is for hf-attn bench, hf-attn bench decode; "),
+        (["decode", "sparks"], "has no part sparks: choose from dense, table, settings"),
+        (["decode", "errors"], "hf-attn bench decode errors needs --model with a folder"),
+        (["decode", "page", "--scores", "none.json"], "no speed without its quality: none.json"),
+        (["model", "--scores", "x"], "--scores is for hf-attn bench decode; hf-attn bench model"),
         (["compile", "--peers", "fa5"], "no peer named fa5: choose from sdpa-flash"),
         (["model", "--peers", "fa5"], "no peer named fa5: choose from "),
         (["model", "--tokens", "0"], "--tokens must be above 0, got 0"),
@@ -83,7 +87,12 @@ def test_pages_get_the_command_with_its_options(
     line = ["bench", what, "--quick", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["hf-attn", *line])
     assert main(line) == 0
-    assert given == {"command": f"hf-attn bench {what} --quick", "quick": True}
+    assert given.pop("command") == f"hf-attn bench {what} --quick"
+    assert given.pop("quick") is True
+    if what == "decode":
+        assert given.pop("figures") is True
+        assert given.pop("say") is bench._say
+    assert not any(given.values())
 
 
 def test_an_installed_wheel_holds_the_benchmarks(tmp_path: Path) -> None:
