@@ -20,7 +20,7 @@ from hf_attn_plugin.lm_eval.tasks import our_tasks, tasks_dir
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _attention(
             if getattr(config, name, None) is not None
         }
         previous = {"": config._attn_implementation, **parts}
-    params = copy.deepcopy(getattr(config, "attn_params", None))
+    params = [(part, copy.deepcopy(getattr(part, "attn_params", None))) for part in _parts(config)]
     training, changed = model.training, parameters is not None
     try:
         if parameters is not None:
@@ -246,8 +246,18 @@ def _attention(
         if attn is not None:
             model.set_attn_implementation(previous)
         if changed:
-            config.attn_params = params
+            for part, kept in params:
+                if kept is not None or hasattr(part, "attn_params"):
+                    part.attn_params = kept
         model.train(training)
+
+
+def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config and those within it, each of which may hold parameters."""
+    yield config
+    for name in config.sub_configs:
+        if getattr(config, name, None) is not None:
+            yield from _parts(getattr(config, name))
 
 
 @contextlib.contextmanager

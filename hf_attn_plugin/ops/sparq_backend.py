@@ -116,14 +116,13 @@ def choose_sparq_backend(call: SparQCall) -> SparQChoice:
     """The fastest implementation of what was asked for, or dense attention where that is faster."""
     gpu = call.device_type == "cuda"
     if gpu and call.top_k >= call.length and not call.coverage:
-        return SparQChoice(
-            SparQBackend.DENSE, f"top_k={call.top_k} takes all {call.length} keys there are"
-        )
+        return SparQChoice(SparQBackend.DENSE, f"top_k={call.top_k} takes all keys there are")
     least = default_dense_below(call) if call.dense_below is None else call.dense_below
     if call.dense_bytes < least:
+        # Without the call's own numbers, which are symbols in a graph for any length.
         reason = (
-            f"reading all {_mebibytes(call.dense_bytes)} of a layer's keys and values is faster "
-            f"than choosing among them, which pays from {_mebibytes(least)} on"
+            "reading all of a layer's keys and values is faster than choosing among them, which "
+            f"pays from {_mebibytes(least)} on"
         )
         notice = None
         if call.dense_below is None:
@@ -168,4 +167,6 @@ def _refuses(call: SparQCall) -> str | None:
 
 
 def _mebibytes(size: int) -> str:
+    if torch.compiler.is_compiling():  # numbers may be symbols, which have no format
+        return "so many bytes"
     return f"{size / 2**20:,.6g} MiB"

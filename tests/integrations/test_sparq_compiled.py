@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache
 
 import hf_attn_plugin.methods.sparq as method
 from hf_attn_plugin import SparQConfig
@@ -53,3 +53,18 @@ def test_everything_a_step_writes_stays_where_it_is(monkeypatch, options, tensor
     )  # fmt: skip
     assert len(found) == 2 * tensors, "per layer"
     assert {kind for _, kind in found} <= {"guarded", "unguarded"}, found
+
+
+@torch.no_grad()
+def test_short_caches_of_any_length_are_read_whole():
+    """The choice is made while a graph is traced for a length that is a symbol there."""
+    torch._dynamo.reset()
+    dense = build("llama", "flash", None, dtype=torch.float32)
+    model = build("llama", "sparq", SparQConfig(top_k=3, dense_below=2**30), dtype=torch.float32)
+    step = torch.compile(model, backend="eager", dynamic=True)
+    caches = [DynamicCache(config=each.config) for each in (model, dense)]
+    for token in (prompt(), *torch.arange(6).view(3, 2, 1)):
+        run = model if token.shape[1] > 1 else step
+        found = run(token, past_key_values=caches[0]).logits
+        wanted = dense(token, past_key_values=caches[1]).logits
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

@@ -110,10 +110,11 @@ def triton_sparq(
         top_k=min(top_k, keys.shape[2]),
         local_window=local_window,
         bits=components.bits if isinstance(components, QuantizedComponents) else 0,
-        coverage=coverage,
-        rank_coverage=rank_coverage,
-        scaling=1 / math.sqrt(head_dim) if scaling is None else scaling,
-        softcap=softcap,
+        # As floats: Triton compiles integers, and 1 above all, into kernels of their own.
+        coverage=None if coverage is None else float(coverage),
+        rank_coverage=None if rank_coverage is None else float(rank_coverage),
+        scaling=1 / math.sqrt(head_dim) if scaling is None else float(scaling),
+        softcap=None if softcap is None else float(softcap),
     )
     if torch.compiler.is_compiling():
         tensors = (getattr(inputs, field.name) for field in dataclasses.fields(inputs))

@@ -46,8 +46,8 @@ def append_kernel(
 
     KIND 0 stores keys and values, 1 the key in a column too; 2 in the column of a tail, which is
     quantised when it is full, as `hf_attn_plugin.ops.sparq.key_copy.quantize` does. A cache without
-    room for the token gets NaN as its last value, and so does what is computed from it: the memory
-    after it is somebody else's, and a kernel cannot raise an error.
+    room for the token gets NaN as its last value, seen as soon as a step attends to it (the local
+    window does): the memory after it is somebody else's, and a kernel cannot raise an error.
     """
     bh = tl.program_id(0)
     b, h = (bh // kv_heads).to(tl.int64), (bh % kv_heads).to(tl.int64)
