@@ -54,6 +54,16 @@ def paged_names(name: str) -> list[str]:
     return [f"paged|{name}"] if Version(version("transformers")) < Version("5.19") else []
 
 
+def chunks_begin_anew() -> bool:
+    """Whether transformers' own masks begin chunks anew in every packed document.
+
+    5.17 lets them run on; goes when all supported versions have this function.
+    """
+    from transformers import masking_utils
+
+    return hasattr(masking_utils, "remap_positions_for_packed_sequence")
+
+
 def attention_weights_wanted() -> bool:
     """Whether the running forward pass was asked for its attention weights.
 

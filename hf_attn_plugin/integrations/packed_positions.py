@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_plugin.compat import chunks_begin_anew
 from hf_attn_plugin.integrations.forward_positions import put_documents_on, told_positions
 from hf_attn_plugin.integrations.wrapping import ORIGINAL as _MARK  # noqa: F401  a test reads it
 from hf_attn_plugin.integrations.wrapping import unwrap, wrap
@@ -38,9 +39,9 @@ _OF_SEVERAL = (
 )
 
 _CHUNKS = (
-    "packed documents in a model with chunked attention (attention_chunk_size) cannot be prefilled "
-    "into a cache under torch.compile: chunks would not begin anew in each. Prefill uncompiled, or "
-    "pass each document as a batch row of its own."
+    "in a model with chunked attention (attention_chunk_size) chunks would not begin anew in each "
+    "packed document under torch.compile, over a cache that is not as long as the call or with "
+    "transformers 5.17. Run it uncompiled, or pass each document as a batch row of its own."
 )
 
 
@@ -81,6 +82,8 @@ def jumps_cut_nothing() -> Iterator[None]:
 
 
 def _separating(original: Callable[..., Any], names: frozenset[str]) -> Callable[..., Any]:
+    anew = chunks_begin_anew()
+
     def preprocess(
         config: Any,
         inputs_embeds: Tensor,
@@ -117,7 +120,7 @@ def _separating(original: Callable[..., Any], names: frozenset[str]) -> Callable
             if not getattr(config, "attention_chunk_size", None) or position_ids is None:
                 return ready, put_documents_on(valid, documents), None, *found[3:]
             if compiling:
-                if isinstance(q_offset, Tensor) or q_length != kv_length:
+                if isinstance(q_offset, Tensor) or q_length != kv_length or not anew:
                     several = (documents > 0) & (documents < q_length)
                     documents = refuse_where(several, _CHUNKS, documents)
                     return ready, put_documents_on(valid, documents), None, *found[3:]

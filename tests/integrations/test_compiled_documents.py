@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from hf_attn_plugin import SlidingWindowConfig, configure
+from hf_attn_plugin.compat import chunks_begin_anew
 from hf_attn_plugin.integrations import packed_positions
 from hf_attn_plugin.patterns import documents, refusal
 
@@ -128,12 +129,17 @@ def test_first_tokens_of_documents_that_look_both_ways(use_cache: bool, compilin
 def test_chunks_begin_anew_in_every_document(use_cache: bool) -> None:
     model = tiny_model("llama4_text", "flash", attention_chunk_size=4, **_CHUNKED)
     ids, positions = random_ids(1, 13), pack_positions([[6, 7]])
-    packed = torch.compile(model, backend="eager")(ids, position_ids=positions, use_cache=use_cache)
-    alone = [model(part).logits for part in ids.split([6, 7], 1)]
-    torch.testing.assert_close(packed.logits, torch.cat(alone, 1))
+    run = torch.compile(model, backend="eager")
     static = StaticCache(config=model.config, max_cache_len=20)
     with pytest.raises(ValueError, match="attention_chunk_size"):
-        torch.compile(model, backend="eager")(ids, position_ids=positions, past_key_values=static)
+        run(ids, position_ids=positions, past_key_values=static)
+    if not chunks_begin_anew():
+        with pytest.raises(ValueError, match="attention_chunk_size"):
+            run(ids, position_ids=positions, use_cache=use_cache)
+        return
+    packed = run(ids, position_ids=positions, use_cache=use_cache).logits
+    alone = [model(part).logits for part in ids.split([6, 7], 1)]
+    torch.testing.assert_close(packed, torch.cat(alone, 1))
 
 
 @torch.no_grad()
