@@ -20,11 +20,10 @@ from hf_attn_plugin.integrations.attention_calls import InterfaceCall, intercept
 from hf_attn_plugin.lm_eval.sweep import fingerprint
 from hf_attn_plugin.lm_eval.sweep_report import TaskSweep, read_sweep
 from hf_attn_plugin.ops.reference import reference_attention
-from hf_attn_plugin.ops.sparq import sparq_decode
 from hf_attn_plugin.patterns import Pattern
 
 from .decoding import HEAD_DIM
-from .sparq_decoding import make_copy
+from .sparq_decoding import make_copy, torch_step
 from .sparq_numerics import Setting
 
 SCORES = Path("eval/results/sweep/lab/results.json")
@@ -170,17 +169,7 @@ def measure_errors(model: Path, text: Path, settings: Sequence[Setting]) -> Erro
         size = dense.square().sum(-1)
         for setting in settings:
             share = dataclasses.replace(setting, rank=setting.rank * keys.shape[-1] // HEAD_DIM)
-            output, _ = sparq_decode(
-                query,
-                keys,
-                values,
-                rank=share.rank,
-                top_k=share.top_k,
-                local_window=share.local_window,
-                mean_value_reallocation=False,
-                coverage=share.coverage,
-                components=make_copy(share, keys),
-            )
+            output, _ = torch_step(share, (query, keys, values), make_copy(share, keys))
             apart = (output - dense).square().sum(-1) / size
             squares.setdefault(setting.title, []).append(apart.flatten())
     errors = {title: math.sqrt(float(torch.cat(all_).mean())) for title, all_ in squares.items()}
