@@ -83,7 +83,8 @@ B = Backend
         ({}, dict(head_dim=256, value_dim=256), B.FLASH_ATTENTION_4),
         ({}, dict(capability=(10, 0)), B.FLASH_ATTENTION_4),
         (dict(window=1024), dict(capability=(10, 0)), B.FLASH_ATTENTION_4),
-        (dict(window=1024), dict(head_dim=80, value_dim=80), B.FLASH_ATTENTION_4),
+        (dict(window=1024), dict(head_dim=96, value_dim=96), B.FLASH_ATTENTION_4),
+        (dict(window=1024), dict(head_dim=80, value_dim=80), B.TRITON),
         # ... and leaves the rest to others.
         (dict(window=1024), {}, B.TRITON),
         (dict(q_len=1024, kv_len=1024), {}, B.SDPA_CAUSAL),

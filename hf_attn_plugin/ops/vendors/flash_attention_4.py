@@ -25,8 +25,9 @@ INSTALL = "pip install 'hf-attn-plugin[fa4]'"
 # It does not split keys over programs on Hopper: with few queries most of the GPU would be idle
 # (one query over 131,072 keys: 1.32 ms, where others take 0.48).
 _MIN_QUERIES = 17
-# It takes other multiples of 8 too; these are tested here.
-_HEAD_DIMS = (64, 80, 96, 128, 256)
+# It takes other multiples of 8 too; these are tested here. 80 is none of them: the gradient of
+# queries came out wrong (28 times the error allowed, in some runs and not in others).
+_HEAD_DIMS = (64, 96, 128, 256)
 # Sinks of other dtypes are refused by an assertion.
 _SINK_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Beyond it, offsets do not fit 32 bits.
