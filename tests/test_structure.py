@@ -16,8 +16,10 @@ PACKAGE = Path(hf_attn_plugin.__file__).parent
 FLOORS = [
     {"config", "compat", "patterns", "data", "masked_lm", "training"},
     {"ops"},
+    {"parallel"},
     {"methods"},
     {"integrations"},
+    {"sequence_parallelism"},
     {"convert", "verification", "doctor", "lm_eval", "hub"},
     {"quickstart"},
     {"cli"},

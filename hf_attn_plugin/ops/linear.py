@@ -244,19 +244,7 @@ def _check(
     chunk: int | None,
 ) -> None:
     check_tensors("linear_attention", query, key, value, pattern)
-    refused = {
-        "a window": pattern.band is not None or pattern.is_sparse,
-        "a dense mask": pattern.dense is not None,
-        "positions of its own": pattern.q_positions is not None,
-    }
-    for what, present in refused.items():
-        if present:
-            raise ValueError(
-                f"linear_attention adds up all earlier keys and cannot leave some out, and the "
-                f"pattern has {what}. Use attention(), which is softmax attention."
-            )
-    if not pattern.derive("ascending", lambda: _ascending(pattern)):
-        raise ValueError("linear_attention: documents must be numbered in ascending order.")
+    check_pattern(pattern)
     if chunk is not None and chunk < 1:
         raise ValueError(f"linear_attention: chunk must be at least 1 token; got {chunk}.")
     if state is None:
@@ -271,6 +259,28 @@ def _check(
         raise ValueError(
             f"linear_attention: the state is {tuple(state.sums.shape)}, the call needs {wanted}."
         )
+
+
+def check_pattern(pattern: Pattern) -> None:
+    """Refuse what a sum over all earlier keys cannot honour.
+
+    Raises:
+        ValueError: The pattern has windows, a mask of the caller's own, positions of its own, or
+            documents that are not numbered in ascending order.
+    """
+    refused = {
+        "a window": pattern.band is not None or pattern.is_sparse,
+        "a dense mask": pattern.dense is not None,
+        "positions of its own": pattern.q_positions is not None,
+    }
+    for what, present in refused.items():
+        if present:
+            raise ValueError(
+                f"linear_attention adds up all earlier keys and cannot leave some out, and the "
+                f"pattern has {what}. Use attention(), which is softmax attention."
+            )
+    if not pattern.derive("ascending", lambda: _ascending(pattern)):
+        raise ValueError("linear_attention: documents must be numbered in ascending order.")
 
 
 def _ascending(pattern: Pattern) -> bool:

@@ -16,6 +16,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# Fields that are bool; the others per token are int64.
+_FLAGS = ("global_tokens", "key_valid", "global_queries")
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Pattern:
@@ -68,6 +71,8 @@ class Pattern:
         kv_positions: int64 ``[batch or 1, kv_len]``; given exactly when q_positions is.
         kv_ranks: int64 ``[batch or 1, kv_len]``, how many tokens of its sequence precede a key.
             None: derived from documents and padding.
+        global_queries: bool ``[batch or 1, q_len]``, which queries are global, where there are
+            global tokens. None: those whose own key is. (In a part of a pattern it may be missing.)
         dense: bool ``[batch or 1, heads or 1, q_len, kv_len]``, True where a pair may attend.
     """
 
@@ -89,6 +94,7 @@ class Pattern:
     q_positions: Tensor | None = None
     kv_positions: Tensor | None = None
     kv_ranks: Tensor | None = None
+    global_queries: Tensor | None = None
     dense: Tensor | None = None
     # What was derived once for this pattern (ranks, schedules), shared by all layers of a forward.
     _derived: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
@@ -120,10 +126,11 @@ class Pattern:
             "q_positions": self.q_len,
             "kv_positions": self.kv_len,
             "kv_ranks": self.kv_len,
+            "global_queries": self.q_len,
         }
         for name, length in wanted.items():
             tensor = getattr(self, name)
-            kind = torch.bool if name in ("global_tokens", "key_valid") else torch.int64
+            kind = torch.bool if name in _FLAGS else torch.int64
             if tensor is not None and tensor.dtype != kind:
                 raise ValueError(f"Pattern: {name} must be {kind}, got {tensor.dtype}.")
             if tensor is not None and (tensor.ndim != 2 or tensor.shape[1] != length):
@@ -239,6 +246,8 @@ class Pattern:
             flags = flags & self.key_valid
         if self.global_tokens is not None:
             flags = flags | self.global_tokens
+        if self.global_queries is not None:
+            return self.global_queries.to(device), flags
         if self.q_positions is not None:
             return self.q_positions < self.num_global_tokens, flags
         # The query at position p is the token of key index p - kv_offset.
@@ -303,9 +312,9 @@ class Pattern:
         if self.stride is not None:
             kept = kept | (distance % self.stride == 0)
         if self.num_sink_tokens:
-            kept = kept | self._cached("sinks", device)[:, None, cols]
+            kept = kept | self.cached("sinks", device)[:, None, cols]
         if self.has_globals:
-            queries, keys = self._cached("globals", device)
+            queries, keys = self.cached("globals", device)
             kept = kept | queries[:, rows, None] | keys[:, None, cols]
         return kept
 
@@ -314,7 +323,8 @@ class Pattern:
         flags = self.key_ranks(device) < self.num_sink_tokens
         return flags if self.key_valid is None else flags & self.key_valid
 
-    def _cached(self, what: str, device: torch.device | str) -> Any:
+    def cached(self, what: str, device: torch.device | str) -> Any:
+        """`sink_flags` ("sinks") or `global_flags` ("globals"), made once."""
         make = {"sinks": self.sink_flags, "globals": self.global_flags}[what]
         return self.derive((what, str(device)), lambda: make(device))
 

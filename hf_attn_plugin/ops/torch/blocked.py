@@ -36,7 +36,7 @@ def block_sizes(pattern: Pattern) -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Problem:
+class Problem:
     """What the forward and backward loops share."""
 
     pattern: Pattern
@@ -47,6 +47,7 @@ class _Problem:
     groups: int
 
     def query_blocks(self) -> Iterator[tuple[int, slice]]:
+        """Number and range of every block of queries."""
         block = self.schedule.block_q
         for index, start in enumerate(range(0, self.pattern.q_len, block)):
             yield index, slice(start, min(start + block, self.pattern.q_len))
@@ -95,6 +96,101 @@ def _without_autocast(method: Callable[..., R]) -> Callable[..., R]:
     return wrapped
 
 
+def run_forward(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    output_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Output in ``output_dtype`` and log-sum-exp; not differentiable."""
+    batch, heads, q_len, _ = query.shape
+    dtype = problem.compute_dtype
+    # Laid out as [batch, q_len, heads, dim], which is how models read it: no copy for them.
+    output = query.new_zeros(batch, q_len, heads, value.shape[-1], dtype=output_dtype)
+    output = output.transpose(1, 2)
+    lse = query.new_full((batch, heads, q_len), float("-inf"), dtype=dtype)
+    for index, rows in problem.query_blocks():
+        q = problem.grouped(query, rows)
+        top = q.new_full((*q.shape[:3], 1), float("-inf"))
+        if sinks is not None:
+            per_row = sinks.to(dtype).view(-1, problem.groups, 1, 1)
+            per_row = per_row.expand(-1, -1, rows.stop - rows.start, 1).flatten(1, 2)
+            top = per_row[None].expand(batch, -1, -1, -1).contiguous()
+        total = torch.where(top.isneginf(), 0.0, 1.0)
+        acc = q.new_zeros(*q.shape[:3], value.shape[-1])
+        for cols, full in problem.runs(index, rows, batch * heads):
+            k, v = key[:, :, cols].to(dtype), value[:, :, cols].to(dtype)
+            scores = problem.scores(q, k, rows, cols, full)
+            new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
+            # Rows that have seen nothing yet are at -inf; 0 keeps -inf - -inf out.
+            base = torch.where(new_top.isneginf(), 0.0, new_top)
+            weights = scores.sub_(base).exp_()
+            shrink = torch.exp(top - base)
+            total = total * shrink + weights.sum(-1, keepdim=True)
+            acc = acc.mul_(shrink).add_(weights @ v)
+            top = new_top
+        out = acc / torch.where(total == 0, 1.0, total)
+        output[:, :, rows] = problem.ungrouped(out, rows).to(output.dtype)
+        lse[:, :, rows] = problem.ungrouped(top + total.log(), rows)[..., 0]
+    return output, lse if dtype == torch.float64 else lse.float()
+
+
+def run_backward(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query (in ``query_dtype``), key, value and sinks (in the compute dtype).
+
+    ``output`` and ``lse`` may be over more keys than these: the gradients are then these keys'
+    part.
+    """
+    dtype = problem.compute_dtype
+    batch, heads = query.shape[:2]
+    grad_q = torch.zeros_like(query, dtype=query_dtype)
+    grad_k = torch.zeros_like(key, dtype=dtype)
+    grad_v = torch.zeros_like(value, dtype=dtype)
+    grad_sinks = None if sinks is None else sinks.new_zeros(sinks.shape, dtype=dtype)
+    for index, rows in problem.query_blocks():
+        q, out, d_out = (problem.grouped(t, rows) for t in (query, output, grad_output))
+        row_lse = problem.grouped(lse[..., None], rows)
+        # d score = weight * (d_weight - delta): the log-sum-exp's own gradient enters here too.
+        delta = (out * d_out).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta = delta - problem.grouped(grad_lse[..., None], rows)
+        delta = torch.where(row_lse.isneginf(), 0.0, delta)
+        base = torch.where(row_lse.isneginf(), 0.0, row_lse)
+        if sinks is not None and grad_sinks is not None:
+            logits = sinks.to(dtype).view(1, -1, 1, 1)
+            weight = torch.exp(logits - problem.ungrouped(base, rows))
+            grad_sinks -= (weight * problem.ungrouped(delta, rows)).sum((0, 2, 3))
+        d_q = torch.zeros_like(q)
+        for cols, full in problem.runs(index, rows, batch * heads):
+            k, v = key[:, :, cols].to(dtype), value[:, :, cols].to(dtype)
+            scores = problem.scores(q, k, rows, cols, full)
+            weights = torch.exp(scores - base)
+            grad_v[:, :, cols] += weights.transpose(-1, -2) @ d_out
+            d_scores = (d_out @ v.transpose(-1, -2)).sub_(delta).mul_(weights)
+            if problem.softcap is not None:
+                capped = (scores / problem.softcap).square_()
+                # Hidden pairs have a weight of 0 and a score of -inf: 0 * inf must stay 0.
+                d_scores.mul_(torch.where(scores.isneginf(), 0.0, 1.0 - capped))
+            d_scores.mul_(problem.scaling)
+            d_q.add_(d_scores @ k)
+            grad_k[:, :, cols] += d_scores.transpose(-1, -2) @ q
+        grad_q[:, :, rows] = problem.ungrouped(d_q, rows).to(grad_q.dtype)
+    return grad_q, grad_k, grad_v, grad_sinks
+
+
 class _BlockedAttention(torch.autograd.Function):
     """Forward and backward of attention over a schedule."""
 
@@ -108,37 +204,9 @@ class _BlockedAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         sinks: Tensor | None,
-        problem: _Problem,
+        problem: Problem,
     ) -> tuple[Tensor, Tensor]:
-        batch, heads, q_len, _ = query.shape
-        dtype = problem.compute_dtype
-        # Laid out as [batch, q_len, heads, dim], which is how models read it: no copy for them.
-        output = query.new_zeros(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
-        lse = query.new_full((batch, heads, q_len), float("-inf"), dtype=dtype)
-        for index, rows in problem.query_blocks():
-            q = problem.grouped(query, rows)
-            top = q.new_full((*q.shape[:3], 1), float("-inf"))
-            if sinks is not None:
-                per_row = sinks.to(dtype).view(-1, problem.groups, 1, 1)
-                per_row = per_row.expand(-1, -1, rows.stop - rows.start, 1).flatten(1, 2)
-                top = per_row[None].expand(batch, -1, -1, -1).contiguous()
-            total = torch.where(top.isneginf(), 0.0, 1.0)
-            acc = q.new_zeros(*q.shape[:3], value.shape[-1])
-            for cols, full in problem.runs(index, rows, batch * heads):
-                k, v = key[:, :, cols].to(dtype), value[:, :, cols].to(dtype)
-                scores = problem.scores(q, k, rows, cols, full)
-                new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-                # Rows that have seen nothing yet are at -inf; 0 keeps -inf - -inf out.
-                base = torch.where(new_top.isneginf(), 0.0, new_top)
-                weights = scores.sub_(base).exp_()
-                shrink = torch.exp(top - base)
-                total = total * shrink + weights.sum(-1, keepdim=True)
-                acc = acc.mul_(shrink).add_(weights @ v)
-                top = new_top
-            out = acc / torch.where(total == 0, 1.0, total)
-            output[:, :, rows] = problem.ungrouped(out, rows).to(output.dtype)
-            lse[:, :, rows] = problem.ungrouped(top + total.log(), rows)[..., 0]
-        lse = lse if dtype == torch.float64 else lse.float()
+        output, lse = run_forward(problem, query, key, value, sinks, query.dtype)
         ctx.save_for_backward(query, key, value, sinks, output, lse)
         ctx.problem = problem
         return output, lse
@@ -149,44 +217,27 @@ class _BlockedAttention(torch.autograd.Function):
     def backward(  # type: ignore[override]  # the decorators hide its arguments
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        grad_output, grad_lse = grads
         query, key, value, sinks, output, lse = ctx.saved_tensors
-        problem: _Problem = ctx.problem
-        dtype = problem.compute_dtype
-        batch, heads = query.shape[:2]
-        grad_q = torch.zeros_like(query)
-        grad_k = torch.zeros_like(key, dtype=dtype)
-        grad_v = torch.zeros_like(value, dtype=dtype)
-        grad_sinks = None if sinks is None else sinks.new_zeros(sinks.shape, dtype=dtype)
-        for index, rows in problem.query_blocks():
-            q, out, d_out = (problem.grouped(t, rows) for t in (query, output, grad_output))
-            row_lse, d_lse = (problem.grouped(t[..., None], rows) for t in (lse, grad_lse))
-            # d score = weight * (d_weight - delta): the log-sum-exp's own gradient enters here too.
-            delta = (out * d_out).sum(-1, keepdim=True) - d_lse
-            delta = torch.where(row_lse.isneginf(), 0.0, delta)
-            base = torch.where(row_lse.isneginf(), 0.0, row_lse)
-            if sinks is not None and grad_sinks is not None:
-                logits = sinks.to(dtype).view(1, -1, 1, 1)
-                weight = torch.exp(logits - problem.ungrouped(base, rows))
-                grad_sinks -= (weight * problem.ungrouped(delta, rows)).sum((0, 2, 3))
-            d_q = torch.zeros_like(q)
-            for cols, full in problem.runs(index, rows, batch * heads):
-                k, v = key[:, :, cols].to(dtype), value[:, :, cols].to(dtype)
-                scores = problem.scores(q, k, rows, cols, full)
-                weights = torch.exp(scores - base)
-                grad_v[:, :, cols] += weights.transpose(-1, -2) @ d_out
-                d_scores = (d_out @ v.transpose(-1, -2)).sub_(delta).mul_(weights)
-                if problem.softcap is not None:
-                    capped = (scores / problem.softcap).square_()
-                    # Hidden pairs have a weight of 0 and a score of -inf: 0 * inf must stay 0.
-                    d_scores.mul_(torch.where(scores.isneginf(), 0.0, 1.0 - capped))
-                d_scores.mul_(problem.scaling)
-                d_q.add_(d_scores @ k)
-                grad_k[:, :, cols] += d_scores.transpose(-1, -2) @ q
-            grad_q[:, :, rows] = problem.ungrouped(d_q, rows).to(grad_q.dtype)
+        grad_output, grad_lse = grads
+        grad_q, grad_k, grad_v, grad_sinks = run_backward(
+            ctx.problem, query, key, value, sinks, output, lse, grad_output, grad_lse, query.dtype
+        )
         if grad_sinks is not None:
             grad_sinks = grad_sinks.to(sinks.dtype)
         return grad_q, grad_k.to(key.dtype), grad_v.to(value.dtype), grad_sinks, None
+
+
+def make_problem(
+    query: Tensor, key: Tensor, pattern: Pattern, scaling: float, softcap: float | None
+) -> Problem:
+    """A call of these shapes; half precision is computed in float32."""
+    block_q, block_kv = block_sizes(pattern)
+    schedule = pattern.derive(
+        ("schedule", block_q, block_kv), lambda: build_schedule(pattern, block_q, block_kv)
+    )
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    groups = query.shape[1] // key.shape[1]
+    return Problem(pattern, schedule, scaling, softcap, compute, groups)
 
 
 def blocked_attention(
@@ -204,11 +255,5 @@ def blocked_attention(
     Half precision is computed in float32. Memory beyond inputs, output and gradients is one block
     of scores, and float32 accumulators of the key and value gradients.
     """
-    block_q, block_kv = block_sizes(pattern)
-    schedule = pattern.derive(
-        ("schedule", block_q, block_kv), lambda: build_schedule(pattern, block_q, block_kv)
-    )
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    groups = query.shape[1] // key.shape[1]
-    problem = _Problem(pattern, schedule, scaling, softcap, compute, groups)
+    problem = make_problem(query, key, pattern, scaling, softcap)
     return _BlockedAttention.apply(query, key, value, sinks, problem)

@@ -29,6 +29,7 @@ _TENSORS = (
     "q_positions",
     "kv_positions",
     "kv_ranks",
+    "global_queries",
     "dense",
 )
 _OPTIONAL_NUMBERS = ("band", "window", "stride")
@@ -69,18 +70,53 @@ def triton_attention(
         _refuse_pattern(pattern)
         tensors, numbers = _encode(pattern)
         return _forward(query, key, value, sinks, tensors, numbers, float(scaling), softcap)
-    device = query.device
+    return _EagerAttention.apply(
+        query,
+        key,
+        value,
+        sinks,
+        _plan_of(pattern, query.device),
+        pattern.dense,
+        float(scaling),
+        softcap,
+    )
 
+
+def make_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    scaling: float,
+    softcap: float | None,
+) -> Problem:
+    """A call for `launch.run_forward` and `launch.run_backward`, which autograd does not see.
+
+    Args:
+        query: ``[batch, heads, q_len, head_dim]``, as all any strides.
+        key: ``[batch, kv_heads, kv_len, head_dim]``.
+        value: ``[batch, kv_heads, kv_len, value_dim]``.
+        pattern: Which pairs attend. Its plan is kept with it.
+        scaling: Factor on the scores, above 0.
+        softcap: Cap of the scores or None.
+
+    Raises:
+        ValueError: The kernels do not honour the call; see `support.refuses`.
+    """
+    _refuse(query, value, None)
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    plan = _plan_of(pattern, query.device)
+    return _planned(plan, query, key, value, None, pattern.dense, scaling, softcap)
+
+
+def _plan_of(pattern: Pattern, device: torch.device) -> Plan:
     def find_plan() -> Plan:
         _refuse_pattern(pattern)
         if pattern.tensors():  # whether their values have changed since another pattern's plan
             return Plan(pattern, device)  # nothing tells for sure
         return _plans.find(pattern.q_len, pattern.kv_len, *_encode(pattern), device)
 
-    plan = pattern.derive(("triton plan", device), find_plan)
-    return _EagerAttention.apply(
-        query, key, value, sinks, plan, pattern.dense, float(scaling), softcap
-    )
+    return pattern.derive(("triton plan", device), find_plan)
 
 
 @torch.library.custom_op("hf_attn_plugin::triton_attention", mutates_args=())

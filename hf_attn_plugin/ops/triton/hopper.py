@@ -40,6 +40,8 @@ _ROWS = 64
 # Depth of the ring of queries of the keys' gradients: the visits that one warpgroup of a window's
 # last skips are as many, so that it can go on to its next keys.
 _KEY_STAGES = 4
+# Programs to a multiprocessor where others need some of these at the same time.
+_SHARES = 4
 # Numbers that one program copies where rows have to be padded.
 _PADDED = 1024
 # From how many keys on a query's run is long: larger tiles then waste little at its ends. The first
@@ -47,16 +49,20 @@ _PADDED = 1024
 _LONG_RUN = 2048
 
 
-def serves(problem: Problem, *tensors: Tensor) -> bool:
+def serves(problem: Problem, *tensors: Tensor, results: tuple[Tensor, ...] = ()) -> bool:
     """Whether these kernels compute a call.
 
     They do on Hopper GPUs, in 16 bits, for queries that see one or two runs of neighbouring keys
     (causal attention, windows, sinks, leading global tokens, packed documents, padding at the
     ends), with equal sizes of queries and values and no softcap.
 
+    Results may be in float32: every block then becomes a slice, which the kernels leave in float32
+    in any case, and the kernels that merge slices write them, for one more pass over the results.
+
     Args:
         problem: The call.
-        tensors: All that are loaded or stored by TMA, ``[batch, heads, tokens, dim]``.
+        tensors: All that are loaded by TMA, ``[batch, heads, tokens, dim]``.
+        results: What is stored.
     """
     query, value, passes = problem.query, problem.value, problem.plan.passes
     return (
@@ -70,7 +76,13 @@ def serves(problem: Problem, *tensors: Tensor) -> bool:
         and passes[0].kv_order is None
         and _is_hopper(query.device)
         and all(t.dtype == query.dtype and _by_tma(t) for t in tensors)
+        and (_in_slices(*results) or all(t.dtype == query.dtype and _by_tma(t) for t in results))
     )
+
+
+def _in_slices(*results: Tensor) -> bool:
+    """Whether all results are written by the kernels that merge slices."""
+    return bool(results) and all(t.dtype == torch.float32 and t.stride(3) == 1 for t in results)
 
 
 def forward(calls: Recording, problem: Problem, output: Tensor, lse: Tensor) -> None:
@@ -78,7 +90,8 @@ def forward(calls: Recording, problem: Problem, output: Tensor, lse: Tensor) -> 
     query, key, value = problem.query, problem.key, problem.value
     step = problem.plan.passes[0]
     tile = _query_tile(problem, forward=True)
-    work, heads, packs = _query_work(problem, step, tile)
+    in_slices = _in_slices(output)
+    work, heads, packs = _query_work(problem, step, tile, in_slices)
     dim = query.shape[3]
     slices = work.num_slots * problem.batch * packs * tile.rows
     partial, state = calls.scratch(max(slices, 1), dim), calls.scratch(max(slices, 1), 2)
@@ -88,14 +101,16 @@ def forward(calls: Recording, problem: Problem, output: Tensor, lse: Tensor) -> 
         "query": _of_queries(query, heads, tile.rows),
         "key": _of_keys(key, tile.keys),
         "value": _of_keys(value, tile.keys),
-        "output": _of_queries(output, heads, tile.rows),
+        # Where all is in slices nothing is stored through it.
+        "output": _of_queries(query if in_slices else output, heads, tile.rows),
         "lse": lse,
         "sinks": problem.sinks,
         "partial_output": partial,
         "partial_state": state,
     }
     fixed["SINKS"] = problem.sinks is not None
-    calls.launch(hopper_forward_kernel, _persistent(query, programs), own | arguments, fixed)
+    programs = _persistent(query, programs, in_slices)
+    calls.launch(hopper_forward_kernel, programs, own | arguments, fixed)
     if work.num_splits:
         partials = {"partial_output": partial, "partial_state": state, "lse": lse}
         _merge(
@@ -118,7 +133,8 @@ def grad_query(
     query = problem.query
     step = problem.plan.passes[0]
     tile = _query_tile(problem, forward=False)
-    work, heads, packs = _query_work(problem, step, tile)
+    in_slices = _in_slices(grad_query)
+    work, heads, packs = _query_work(problem, step, tile, in_slices)
     slices = work.num_slots * problem.batch * packs * tile.rows
     partial = calls.scratch(max(slices, 1), query.shape[3])
     programs = work.num_items * problem.batch * packs
@@ -129,7 +145,7 @@ def grad_query(
         "output": _of_queries(output, heads, tile.rows),
         "key": _of_keys(problem.key, tile.keys),
         "value": _of_keys(problem.value, tile.keys),
-        "grad_query": _of_queries(grad_query, heads, tile.rows),
+        "grad_query": _of_queries(query if in_slices else grad_query, heads, tile.rows),
         "lse": lse,
         "grad_lse": grad_lse,
         "base_lse": base_lse,
@@ -137,7 +153,8 @@ def grad_query(
         "partial": partial,
         "scaling": problem.scaling,
     }
-    calls.launch(hopper_grad_query_kernel, _persistent(query, programs), own | arguments, fixed)
+    programs = _persistent(query, programs, in_slices)
+    calls.launch(hopper_grad_query_kernel, programs, own | arguments, fixed)
     if work.num_splits:
         partials = {"partial": partial}
         _merge(
@@ -160,7 +177,8 @@ def grad_key(
     heads = _visiting_heads(problem)
     tokens = _ROWS // heads
     batch, kv_heads, dim = problem.batch, key.shape[1], query.shape[3]
-    work = pair_work(step, tokens, Split(problem.tiles.split, batch * kv_heads))
+    in_slices = _in_slices(grad_key, grad_value)
+    work = pair_work(step, tokens, Split(problem.tiles.split, batch * kv_heads, in_slices))
     slices = max(work.num_slots * batch * kv_heads * _ROWS, 1)
     partials = [calls.scratch(slices, dim) for _ in range(2)]
     arguments = {
@@ -168,8 +186,8 @@ def grad_key(
         "key": _of_keys(key, _ROWS),
         "value": _of_keys(value, _ROWS),
         "grad_output": _of_query_tiles(grad_output, heads, tokens),
-        "grad_key": _of_keys(grad_key, _ROWS),
-        "grad_value": _of_keys(grad_value, _ROWS),
+        "grad_key": _of_keys(key if in_slices else grad_key, _ROWS),
+        "grad_value": _of_keys(value if in_slices else grad_value, _ROWS),
         "base_lse": _of_numbers(calls, base_lse, heads, tokens),
         "delta": _of_numbers(calls, delta, heads, tokens),
         "partial_key": partials[0],
@@ -196,11 +214,11 @@ def grad_key(
         "SECOND": _has_second(step),
         "num_warps": 4,
     }
-    programs = _persistent(query, work.num_items * batch * kv_heads)
+    programs = _persistent(query, work.num_items * batch * kv_heads, in_slices)
     calls.launch(hopper_grad_key_kernel, programs, arguments, fixed)
     if work.num_splits:
         for partial, target in zip(partials, (grad_key, grad_value), strict=True):
-            _merge_blocks(calls, work, partial, target)
+            _merge_blocks(calls, work, partial, target, in_slices)
 
 
 def _has_long_runs(pattern: Pattern) -> bool:
@@ -225,10 +243,11 @@ def _visiting_heads(problem: Problem) -> int:
     return Tile(_ROWS, _ROWS, 4, _KEY_STAGES, pack).heads(problem.groups)
 
 
-def _query_work(problem: Problem, step: Pass, tile: Tile) -> tuple[Work, int, int]:
+def _query_work(problem: Problem, step: Pass, tile: Tile, in_slices: bool) -> tuple[Work, int, int]:
     """The items, heads in a tile, and tiles that hold all heads."""
     heads = tile.heads(problem.groups)
-    return problem.work(step, tile), heads, problem.query.shape[1] // heads
+    work = problem.work(step, tile, in_slices=in_slices)
+    return work, heads, problem.query.shape[1] // heads
 
 
 def _over_queries(
@@ -290,8 +309,13 @@ def _merge(
     calls.launch(kernel, work.num_splits * problem.batch * packs, arguments, fixed)
 
 
-def _merge_blocks(calls: Recording, work: PairWork, partial: Tensor, target: Tensor) -> None:
-    """Put the slices of blocks of keys together in ``target``."""
+def _merge_blocks(
+    calls: Recording, work: PairWork, partial: Tensor, target: Tensor, in_slices: bool
+) -> None:
+    """Put the slices of blocks of keys together in ``target``.
+
+    Few blocks have many slices, unless all are in slices: then most have one.
+    """
     batch, heads, length, dim = target.shape
     arguments = {
         "partial": partial,
@@ -305,8 +329,9 @@ def _merge_blocks(calls: Recording, work: PairWork, partial: Tensor, target: Ten
         "length": length,
         "split_batch": work.num_splits if work.splits.shape[0] > 1 else 0,
     }
-    fixed = {"ROWS": _ROWS, "PART": 4, "SLOTS": 16, "DIM": dim}
-    programs = work.num_splits * batch * heads * (_ROWS // 4)
+    part, slots = (32, 2) if in_slices else (4, 16)
+    fixed = {"ROWS": _ROWS, "PART": part, "SLOTS": slots, "DIM": dim}
+    programs = work.num_splits * batch * heads * (_ROWS // part)
     calls.launch(merge_blocks_kernel, programs, arguments, fixed)
 
 
@@ -329,9 +354,15 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _persistent(tensor: Tensor, items: int) -> int:
-    """Programs of a grid in which each goes through items: one to a multiprocessor."""
-    return min(items, _multiprocessors(tensor.device))
+def _persistent(tensor: Tensor, items: int, in_slices: bool = False) -> int:
+    """Programs of a grid in which each goes through items: one to a multiprocessor.
+
+    Where all is in slices, ring attention's transfers run at the same time, and hold a few
+    multiprocessors for as long as the other rank takes. Their programs would start late and all
+    others wait for them; of shorter programs, the other multiprocessors take over some. On two
+    H200s at 32768 tokens, kernels took up to 1.1 ms longer beside a transfer of 0.2 ms.
+    """
+    return min(items, _multiprocessors(tensor.device) * (_SHARES if in_slices else 1))
 
 
 def _by_tma(tensor: Tensor) -> bool:

@@ -97,7 +97,7 @@ def make_pair_work(runs: Runs, tokens: int, split: Split, device: torch.device) 
     counts = _visits(parts[:, :beyond, None])[..., 1]
     limit = _most_visits(counts, split)
     slices = _slice_length(counts, limit, split)
-    made = [_of_row(parts[row], counts[row] > limit, slices) for row in range(batch)]
+    made = [_of_row(parts[row], counts[row] > limit, slices, split.every) for row in range(batch)]
     num_items = max(len(items) for items, _, _ in made)
     num_splits = max(len(splits) for _, splits, _ in made)
     all_items = np.zeros((batch, num_items, COLUMNS), np.int64)
@@ -128,14 +128,23 @@ def _slice_length(counts: Ints, limit: int, split: Split) -> int:
     return length
 
 
-def _of_row(parts: Ints, heavy: Bools, length: int) -> tuple[Ints, Ints, int]:
-    """Items of one batch row, the longest first; the blocks that are cut; how many slots."""
+def _of_row(parts: Ints, heavy: Bools, length: int, every: bool) -> tuple[Ints, Ints, int]:
+    """Items of one batch row, the longest first; the blocks that are cut; how many slots.
+
+    With ``every`` the blocks that are not cut are a slice each.
+    """
     beyond = len(heavy)
     blocks = np.where(heavy, beyond, np.arange(beyond))
     pairs = np.append(blocks, [beyond] * (beyond % 2)).astype(np.int64).reshape(-1, 2)
     pairs = pairs[(pairs < beyond).any(1)]
     items = _blank(pairs, _visits(parts[pairs]))
-    found, splits, slots = [items], [], 0
+    found, slots = [items], 0
+    splits: list[tuple[int, int, int]] = []
+    if every:
+        alone = pairs < beyond
+        slots = int(alone.sum())
+        items[:, 2:4][alone] = np.arange(slots)
+        splits += zip(pairs[alone], range(slots), range(1, slots + 1), strict=True)
     for cut in np.flatnonzero(heavy):
         visits = _visits(parts[None, None, cut])
         begins = np.arange(0, visits[0, 1], length)
@@ -145,7 +154,7 @@ def _of_row(parts: Ints, heavy: Bools, length: int) -> tuple[Ints, Ints, int]:
         part[:, 5] = np.minimum(begins + length, visits[0, 1])
         part[:, 9] = 1
         found.append(part)
-        splits.append((cut, slots, slots + 2 * len(begins)))
+        splits.append((int(cut), slots, slots + 2 * len(begins)))
         slots += 2 * len(begins)
     items = np.concatenate(found)
     cost = (items[:, 5] - items[:, 4]) / (1 + items[:, 9])

@@ -26,20 +26,29 @@ from hf_attn_plugin.ops.triton.work import Work
 _MOST_LAYOUTS = 64
 
 
-def run_forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, in new memory."""
-    output, lse = empty_results(problem.query, problem.value)
+def run_forward(problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Output, in the inputs' dtype or another, and log-sum-exp, in new memory."""
+    output, lse = empty_results(problem.query, problem.value, dtype)
     if lse.numel():
         _run(problem, _forward, output, lse)
     return output, lse
 
 
 def run_backward(
-    problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor | None
+    problem: Problem,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value; and per row the mean of d weight, ``[batch, heads, q]``."""
+    """Gradients of query, key, value; and per row the mean of d weight, ``[batch, heads, q]``.
+
+    The gradients are in the inputs' dtype, or in another. ``output`` and ``lse`` may be over more
+    keys than the problem's: the gradients are then what these contribute.
+    """
     inputs = (problem.query, problem.key, problem.value)
-    d_query, d_key, d_value = (torch.empty_like(t) for t in inputs)
+    d_query, d_key, d_value = (torch.empty_like(t, dtype=dtype) for t in inputs)
     delta, base_lse = torch.empty_like(lse), torch.empty_like(lse)
     if lse.numel():
         own = (output, lse, grad_output, grad_lse, d_query, base_lse, delta)
@@ -86,7 +95,7 @@ def _run(problem: Problem, direction: Callable[..., None], *own: Tensor | None) 
 
 def _forward(calls: Recording, problem: Problem, output: Tensor, lse: Tensor) -> None:
     query, key, value = problem.query, problem.key, problem.value
-    if hopper.serves(problem, query, key, value, output):
+    if hopper.serves(problem, query, key, value, results=(output,)):
         hopper.forward(calls, problem, output, lse)
         return
     tile = problem.tiles.forward
@@ -139,7 +148,7 @@ def _grad_query(
     delta: Tensor,
 ) -> None:
     query, key, value = problem.query, problem.key, problem.value
-    if hopper.serves(problem, query, key, value, output, grad_output, grad_query):
+    if hopper.serves(problem, query, key, value, output, grad_output, results=(grad_query,)):
         rows = (lse, grad_output, grad_lse, grad_query, base_lse, delta)
         hopper.grad_query(calls, problem, output, *rows)
         return
@@ -195,7 +204,7 @@ def _grad_key(
     grad_value: Tensor,
 ) -> None:
     query, key, value = problem.query, problem.key, problem.value
-    if hopper.serves(problem, query, key, value, grad_output, grad_key, grad_value):
+    if hopper.serves(problem, query, key, value, grad_output, results=(grad_key, grad_value)):
         hopper.grad_key(calls, problem, grad_output, base_lse, delta, grad_key, grad_value)
         return
     tile = problem.tiles.grad_key
@@ -250,13 +259,16 @@ def _grad_key(
         earlier = targets
 
 
-def empty_results(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def empty_results(
+    query: Tensor, value: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Memory for output and log-sum-exp.
 
     The output lies as ``[batch, q_len, heads, value_dim]``, which is how models read it.
     """
     batch, heads, q_len, _ = query.shape
-    output = query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
+    output = query.new_empty(batch, q_len, heads, value.shape[3], dtype=dtype or query.dtype)
+    output = output.transpose(1, 2)
     return output, query.new_empty(batch, heads, q_len, dtype=torch.float32)
 
 

@@ -57,11 +57,14 @@ class Problem:
         """Query heads per KV head."""
         return self.query.shape[1] // self.key.shape[1]
 
-    def work(self, step: Pass, tile: Tile, of_keys: bool = False) -> Work:
-        """The work items of a pass for programs with tiles of queries, or of keys."""
+    def work(self, step: Pass, tile: Tile, of_keys: bool = False, in_slices: bool = False) -> Work:
+        """The work items of a pass for programs with tiles of queries, or of keys.
+
+        With ``in_slices`` all of them leave slices in float32.
+        """
         heads = tile.heads(self.groups)
         programs = self.batch * (self.key.shape[1] if of_keys else self.query.shape[1] // heads)
-        split = Split(self.tiles.split, programs)
+        split = Split(self.tiles.split, programs, in_slices)
         return step.work(tile.rows // heads, tile.keys, of_keys=of_keys, split=split)
 
     def runtime(self, step: Pass, tile: Tile, work: Work) -> dict[str, Any]:

@@ -108,10 +108,13 @@ class Split:
     Attributes:
         visits: Fewest visits of a slice.
         programs: Programs for the items of all batch rows: batch times heads or packs of heads.
+        every: Whether rows that are not heavy become a slice each: what leaves a kernel are then
+            slices alone, in float32 whatever the results are in.
     """
 
     visits: int
     programs: int
+    every: bool = False
 
 
 def work_from_visits(visits: Visits, split: Split, device: torch.device) -> Work:
@@ -225,7 +228,7 @@ def _most_visits(counts: Ints, split: Split) -> int:
 def _work(items: Ints, entries: Ints, split: Split, device: torch.device) -> Work:
     """The items of all batch rows, heavy ones cut, the longest first."""
     limit = _most_visits(items[..., END], split)
-    cut = [_cut(row, limit) for row in items]
+    cut = [_cut(row, limit, split.every) for row in items]
     num_items = max((len(part) for part, _, _ in cut), default=0)
     num_splits = max((len(splits) for _, splits, _ in cut), default=0)
     beyond = items.shape[1]
@@ -246,12 +249,19 @@ def _work(items: Ints, entries: Ints, split: Split, device: torch.device) -> Wor
     )
 
 
-def _cut(items: Ints, limit: int) -> tuple[Ints, Ints, int]:
-    """Items of more than ``limit`` visits in slices; the cut blocks and their slots."""
+def _cut(items: Ints, limit: int, every: bool) -> tuple[Ints, Ints, int]:
+    """Items of more than ``limit`` visits in slices; the cut blocks and their slots.
+
+    With ``every`` the others are a slice each.
+    """
     heavy = np.flatnonzero(items[:, END] > limit)
-    if not len(heavy):
-        return items, np.zeros((0, 3), np.int64), 0
-    parts, splits, slots = [np.delete(items, heavy, 0)], [], 0
+    others = np.delete(items, heavy, 0)
+    slots = len(others) if every else 0
+    splits: list[Any] = []
+    if every:
+        others[:, SLOT] = np.arange(slots)
+        splits += zip(others[:, BLOCK], range(slots), range(1, slots + 1), strict=True)
+    parts = [others]
     for row in heavy:
         count = int(items[row, END])
         begins = np.arange(0, count, limit)
@@ -263,7 +273,7 @@ def _cut(items: Ints, limit: int) -> tuple[Ints, Ints, int]:
         parts.append(slices)
         splits.append((int(items[row, BLOCK]), slots, slots + len(begins)))
         slots += len(begins)
-    return np.concatenate(parts), np.array(splits, np.int64), slots
+    return np.concatenate(parts), np.array(splits, np.int64).reshape(-1, 3), slots
 
 
 def _upload(values: Ints, device: torch.device) -> Tensor:

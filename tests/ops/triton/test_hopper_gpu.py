@@ -76,7 +76,7 @@ def compute(case: Case) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     first, second = memory(), memory()
     output, lse, *grads, base, delta = first
     given = [*problem.tensors, case.grad_output, case.grad_lse]
-    assert hopper.serves(problem, *inputs, *grads, output, case.grad_output)
+    assert hopper.serves(problem, *inputs, case.grad_output, results=(output, *grads))
     calls = Recording([*given, *first])
     hopper.forward(calls, problem, output, lse)
     rows = (lse, case.grad_output, case.grad_lse, grads[0], base, delta)
@@ -147,6 +147,39 @@ def test_patterns(name: str) -> None:
     pattern = PATTERNS[name]()
     heads = (4, 1) if pattern.q_len > 5000 else (8, 2)
     check(make(pattern, batch=2 if name == "padding" else 1, heads=heads))
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_results_in_float32(name: str) -> None:
+    """Parts of a softmax, which ring attention merges: not rounded to 16 bits before."""
+    from hf_attn_plugin.ops.triton import hopper
+    from hf_attn_plugin.ops.triton.launch import run_backward, run_forward
+
+    torch.manual_seed(0)
+    pattern = PATTERNS[name]()
+    heads = (4, 1) if pattern.q_len > 5000 else (8, 2)
+    case = make(pattern, batch=2 if name == "padding" else 1, heads=heads)
+    problem = problem_of(case)
+    inputs = (case.query, case.key, case.value)
+    want, plain = specified(case, torch.float64), specified(case, case.query.dtype)
+
+    def compute() -> list[torch.Tensor]:
+        output, lse = run_forward(problem, torch.float32)
+        assert hopper.serves(problem, *inputs, results=(output,))
+        rows = (output.to(case.query.dtype), lse, case.grad_output, case.grad_lse)
+        return [output, lse, *run_backward(problem, *rows, torch.float32)[:3]]
+
+    for kind, ours, second, exact, other in zip(
+        NAMES, compute(), compute(), want, plain, strict=True
+    ):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, second)
+        if kind == "lse":
+            continue
+        assert not torch.equal(ours, ours.to(case.query.dtype).float())
+        error, rounded = ((t - exact).abs().mean() for t in (ours, ours.to(case.query.dtype)))
+        assert error <= rounded
+        within_budget(kind, ours, exact, other, case.query.dtype, case.pattern)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 2), (8, 1)], ids=str)

@@ -16,7 +16,7 @@ import torch
 
 from hf_attn_plugin.ops.triton.hopper_work import PairWork, pair_work
 from hf_attn_plugin.ops.triton.plan import Plan
-from hf_attn_plugin.ops.triton.work import Split
+from hf_attn_plugin.ops.triton.work import BLOCK, SLOT, Split
 from hf_attn_plugin.patterns import Pattern
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -80,14 +80,15 @@ def counted(work: PairWork, tokens: int, seen: np.ndarray, row: int) -> np.ndarr
     return counts[:-1]
 
 
+@pytest.mark.parametrize("every", [False, True], ids=["heavy in slices", "all in slices"])
 @pytest.mark.parametrize("tokens", [16, 64])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_every_pair_is_visited_once(name: str, tokens: int) -> None:
+def test_every_pair_is_visited_once(name: str, tokens: int, every: bool) -> None:
     pattern = PATTERNS[name]
     step = Plan(pattern, torch.device("cpu")).passes[0]
-    work = pair_work(step, tokens, Split(16, 8))
-    assert pair_work(step, tokens, Split(16, 8)) is work
-    assert (work.num_splits > 0) == ("cut" in name)
+    work = pair_work(step, tokens, Split(16, 8, every))
+    assert pair_work(step, tokens, Split(16, 8, every)) is work
+    assert (work.num_splits > 0) == ("cut" in name or every)
     seen = pattern.visible("cpu", 0, pattern.q_len, 0, pattern.kv_len).numpy()
     seen = seen.reshape(-1, pattern.q_len, pattern.kv_len)
     for row, mask in enumerate(seen):
@@ -100,12 +101,41 @@ def test_every_pair_is_visited_once(name: str, tokens: int) -> None:
         slots = slots[slots >= 0]
         assert sorted(slots) == list(range(len(slots))) and len(slots) <= work.num_slots
         if work.num_splits:
-            _, firsts, stops = work.splits.numpy()[row % len(work.splits)].T
+            blocks, firsts, stops = work.splits.numpy()[row % len(work.splits)].T
             assert (stops - firsts).sum() == len(slots)
+            if every:
+                assert sorted(blocks) == list(range(len(counts)))
+                of_slot = {
+                    s: b
+                    for b, *ends in zip(blocks, firsts, stops, strict=True)
+                    for s in range(*ends)
+                }
+                for *own, first, second in work.items.numpy()[row % len(work.items), :, :4]:
+                    assert [of_slot.get(s, len(counts)) for s in (first, second)] == own
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_all_blocks_of_queries_can_be_slices(name: str) -> None:
+    step = Plan(PATTERNS[name], torch.device("cpu")).passes[0]
+    whole, sliced = (
+        step.work(32, 64, of_keys=False, split=Split(16, 8, every)) for every in (False, True)
+    )
+    for row, items in enumerate(sliced.items.numpy()):
+        held = whole.items.numpy()[row]
+        assert sorted(map(tuple, np.delete(items, SLOT, 1))) == sorted(
+            map(tuple, np.delete(held, SLOT, 1))
+        )
+        items = items[items[:, BLOCK] < -(-PATTERNS[name].q_len // 32)]
+        assert sorted(items[:, SLOT]) == list(range(sliced.num_slots))
+        for block, first, stop in sliced.splits.numpy()[row]:
+            own = items[(items[:, SLOT] >= first) & (items[:, SLOT] < stop)]
+            assert (own[:, BLOCK] == block).all()
+            assert len(own) == (items[:, BLOCK] == block).sum()
 
 
 @in_kernel
-def test_slices_are_added() -> None:
+@pytest.mark.parametrize(("rows", "at_once"), [(4, 16), (32, 2)])
+def test_slices_are_added(rows: int, at_once: int) -> None:
     from hf_attn_plugin.ops.triton.hopper_rows import merge_blocks_kernel
 
     torch.manual_seed(0)
@@ -119,8 +149,8 @@ def test_slices_are_added() -> None:
     want[0, :, :64] = partial[18:, 0].sum(0)
     want[1, :, 64:] = partial[:5, 1].sum(0)[:, :36]
     numbers = (*got.stride()[:3], batch * heads, heads, length, 2)
-    programs = (2 * batch * heads * 16,)
-    merge_blocks_kernel[programs](partial, got, splits, *numbers, 64, 4, 16, dim)
+    programs = (2 * batch * heads * (64 // rows),)
+    merge_blocks_kernel[programs](partial, got, splits, *numbers, 64, rows, at_once, dim)
     torch.testing.assert_close(got, want)
 
 

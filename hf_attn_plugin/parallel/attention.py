@@ -1,0 +1,125 @@
+"""Attention over a sequence that is spread over ranks."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from hf_attn_plugin.parallel.choice import Shapes, Way, choose_way
+from hf_attn_plugin.parallel.gather import gather_attention, some_heads
+from hf_attn_plugin.parallel.ring import ring_attention
+from hf_attn_plugin.parallel.shard import Shard
+from hf_attn_plugin.parallel.ulysses import Heads, heads_for_tokens, tokens_for_heads
+from hf_attn_plugin.parallel.wide import attend
+from hf_attn_plugin.patterns import Pattern
+
+
+class _Schedule(Protocol):
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pattern: Pattern,
+        shard: Shard,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+def sharded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    shard: Shard,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """What one process would compute by `ops.attention`, of which every rank holds its tokens.
+
+    A collective call: every rank of the group makes it, forward and backward, in the same order.
+
+    Gradients of query, key and value are complete: what other ranks' queries contribute to a key
+    has come home. ``sinks`` is a parameter of the model like any other: the gradient on a rank is
+    its share (of its queries; with ulysses, of its heads), and one process' gradient is the sum
+    over ranks. Data parallelism that takes the mean over ranks leaves 1 / ranks of it.
+
+    Args:
+        query: ``[batch, heads, tokens / ranks, head_dim]``, this rank's segments one after another.
+        key: ``[batch, kv_heads, tokens / ranks, head_dim]``.
+        value: ``[batch, kv_heads, tokens / ranks, value_dim]``.
+        pattern: Which pairs of the whole sequence attend; the same on every rank. Plans are kept
+            with it, so all layers should share one. Tokens that pad the sequence to the layout's
+            length are hidden by its ``key_valid``.
+        shard: This rank's part.
+        scaling: Factor on the scores.
+        softcap: As in `ops.attention`.
+        sinks: As in `ops.attention`, all heads, the same on every rank.
+
+    Returns:
+        ``[batch, heads, tokens / ranks, value_dim]``.
+
+    Raises:
+        ValueError: Tensors, pattern and layout do not fit together, or heads cannot be exchanged.
+    """
+    _check(query, key, pattern, shard)
+    schedule = shard.schedule
+    if schedule is None:
+        way = _way(query, key, value, pattern, shard)
+        schedule, shard = way.schedule, shard.by_heads if way.schedule == "ulysses" else shard
+    if shard.layout.ranks == 1:
+        return attend(query, key, value, pattern, scaling, softcap, sinks, None)
+    if shard.ulysses == 1:
+        return _SCHEDULES[schedule](
+            query, key, value, pattern, shard, scaling=scaling, softcap=softcap, sinks=sinks
+        )
+    heads = Heads.among(shard.ulysses, query.shape[1], key.shape[1])
+    own = heads.query[shard.rank % shard.ulysses]
+    query, key, value, wide = heads_for_tokens(query, key, value, shard)
+    pattern = some_heads(pattern, own)
+    if sinks is not None:
+        sinks = sinks.reshape(-1)[own.start : own.stop]
+    if shard.inner.layout.ranks == 1:
+        keep = None if wide is None else wide.keep
+        output = attend(query, key, value, pattern, scaling, softcap, sinks, keep)
+    else:
+        output = _SCHEDULES[schedule](
+            query, key, value, pattern, shard.inner, scaling=scaling, softcap=softcap, sinks=sinks
+        )
+    return tokens_for_heads(output, shard)
+
+
+def _way(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, shard: Shard) -> Way:
+    shapes = Shapes(
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+        batch=query.shape[0],
+        itemsize=query.element_size(),
+    )
+    ulysses = None if shard.ulysses == 1 else shard.ulysses
+    return choose_way(pattern, shard.layout, shapes, ulysses=ulysses)
+
+
+_SCHEDULES: dict[str, _Schedule] = {"gather": gather_attention, "ring": ring_attention}
+
+
+def _check(query: Tensor, key: Tensor, pattern: Pattern, shard: Shard) -> None:
+    layout = shard.layout
+    if (pattern.q_len, pattern.kv_len) != (layout.length, layout.length):
+        raise ValueError(
+            f"sharded_attention: the pattern must be that of the whole sequence, {layout.length} "
+            f"queries and keys; got {pattern.q_len} and {pattern.kv_len}."
+        )
+    if query.shape[2] != layout.share or key.shape[2] != layout.share:
+        raise ValueError(
+            f"sharded_attention: each of {layout.ranks} ranks holds {layout.share} of "
+            f"{layout.length} tokens; got query {tuple(query.shape)}, key {tuple(key.shape)}."
+        )
