@@ -20,6 +20,7 @@ from hf_attn_plugin.config import (
     LinearConfig,
     LMInfiniteConfig,
     LongformerConfig,
+    RingConfig,
     SlidingWindowConfig,
     SparQConfig,
     StridedConfig,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from hf_attn_plugin.ops.linear import linear_attention
     from hf_attn_plugin.patterns import Pattern
     from hf_attn_plugin.patterns.picture import show_pattern
+    from hf_attn_plugin.sequence_parallelism import sequence_parallel
     from hf_attn_plugin.verification import verify
 
 __version__ = "0.1.0"
@@ -48,6 +50,7 @@ __all__ = [
     "LinearConfig",
     "LongformerConfig",
     "Pattern",
+    "RingConfig",
     "SlidingWindowConfig",
     "SlowAttentionWarning",
     "SparQConfig",
@@ -59,6 +62,7 @@ __all__ = [
     "kv_cache_bytes",
     "linear_attention",
     "redraw_features",
+    "sequence_parallel",
     "show_pattern",
     "verify",
 ]
@@ -71,6 +75,7 @@ _LAZY = {
     "count_reads": "hf_attn_plugin.integrations.counters",
     "kv_cache_bytes": "hf_attn_plugin.integrations.cache_bytes",
     "linear_attention": "hf_attn_plugin.ops.linear",
+    "sequence_parallel": "hf_attn_plugin.sequence_parallelism",
     "show_pattern": "hf_attn_plugin.patterns.picture",
     "verify": "hf_attn_plugin.verification",
 }

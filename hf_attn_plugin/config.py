@@ -58,6 +58,13 @@ class FlashConfig(MethodConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class RingConfig(MethodConfig):
+    """``ring`` is ``flash`` inside ``sequence_parallel`` and has nothing to set."""
+
+    name: ClassVar[str] = "ring"
+
+
+@dataclasses.dataclass(frozen=True)
 class SlidingWindowConfig(MethodConfig):
     """Parameters of ``sliding_window`` (arXiv 2004.05150; sinks: arXiv 2309.17453).
 
@@ -335,6 +342,7 @@ METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
     cls.name: cls
     for cls in (
         FlashConfig,
+        RingConfig,
         SlidingWindowConfig,
         LongformerConfig,
         StridedConfig,

@@ -42,6 +42,10 @@ def train_from_last_checkpoint(trainer: Trainer) -> None:
 
     Args:
         trainer: Not yet trained.
+
+    Raises:
+        ValueError: If the run had ended and FSDP was to load it, which accelerate does with an
+            optimizer only.
     """
     args = trainer.args
     assert args.output_dir is not None
@@ -54,6 +58,12 @@ def train_from_last_checkpoint(trainer: Trainer) -> None:
             if by_steps
             else (state.epoch or 0.0) >= args.num_train_epochs
         )
+        if ended and trainer.is_fsdp_enabled:
+            raise ValueError(
+                f"the run in {args.output_dir} has ended at step {state.global_step}, and under "
+                "FSDP it cannot be loaded without training on: raise --max_steps, or start "
+                "without FSDP"
+            )
         if ended:
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = state

@@ -8,10 +8,19 @@
 Every option of transformers' Trainer is one of the recipe's. The same line again goes on from the
 last checkpoint in --out; with --save_steps a multiple of --logging_steps the logged losses are
 then those of a run that was never stopped. --out ends up holding the whole model, adapters merged.
+
+Rows too long for one GPU are spread over several, with the same losses as on one:
+
+    accelerate launch --config_file recipes/accelerate/ring_2gpu.yaml \
+        recipes/finetune_long_context.py --attn ring …
+
+`ring` is `flash` that insists on it and takes all processes; `--sequence_parallel 2` says how many
+processes share a row, under any of the names. All others are given other rows.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -43,7 +52,13 @@ class Arguments(TextArguments, TrainingArguments):
     model: str = field(metadata={"help": "Hub id or folder"})
     context_length: int = field(metadata={"help": "tokens per packed row"})
     output_dir: str = field(metadata={"aliases": ["--out"], "help": "checkpoints, final model"})
-    attn: str = field(default="flash", metadata={"help": f"{', '.join(METHODS)}, sdpa, eager"})
+    attn: str = field(
+        default="flash", metadata={"help": f"{', '.join(METHODS)}, ring, sdpa, eager"}
+    )
+    sequence_parallel: int | None = field(
+        default=None,
+        metadata={"help": "processes per row; default: all with --attn ring, else 1"},
+    )
     window: int | None = None
     num_sink_tokens: int | None = None
     num_global_tokens: int | None = None
@@ -75,6 +90,60 @@ def configure_attention(config: PreTrainedConfig, args: Arguments) -> None:
         hf_attn_plugin.configure(config, method(**given))
 
 
+def load_model(args: Arguments, config: PreTrainedConfig) -> Any:
+    """Load the model, with new adapters where they are trained."""
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, config=config, attn_implementation=args.attn, dtype=args.dtype
+    )
+    if not args.lora:
+        return model
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_rank,
+        lora_alpha=2 * args.lora_rank,
+        target_modules="all-linear",
+        modules_to_save=args.modules_to_save,
+    )
+    return get_peft_model(model, lora)
+
+
+def make_trainer(model: Any, args: Arguments, **kwargs: Any) -> Trainer:
+    """Make a Trainer, one that spreads rows over processes where that was asked for."""
+    from hf_attn_plugin.sequence_parallelism.trainer import (
+        SequenceParallelTrainer,
+        parallelism_config,
+    )
+
+    config, size = parallelism_config(args), args.sequence_parallel
+    configured = config is not None and config.cp_size > 1
+    if size == 1 or (size is None and args.attn != "ring" and not configured):
+        return Trainer(model, args, **kwargs)
+    if args.verify:
+        raise ValueError(
+            "--verify compares attention over whole rows: run it with --sequence_parallel 1 and "
+            f"--attn {'flash' if args.attn == 'ring' else args.attn} first, on short rows"
+        )
+    return SequenceParallelTrainer(model, args, sequence_parallel_size=size, **kwargs)
+
+
+def save(trainer: Trainer, args: Arguments, tokenizer: Any) -> None:
+    """Save the whole model, adapters merged, from one process."""
+    state = None
+    if trainer.is_fsdp_enabled:  # every process has a part of each weight
+        state = trainer.accelerator.get_state_dict(trainer.model)
+    if not trainer.is_world_process_zero():
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if state is not None:
+        model = load_model(args, model.config)
+        model.load_state_dict(state)
+    if args.lora:
+        model = model.merge_and_unload()
+    model.config.use_cache = True  # Trainer turns the cache off, and would save that.
+    model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+
+
 def main() -> None:
     """Load, extend, pack, train, and save."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
@@ -86,18 +155,8 @@ def main() -> None:
     with args.main_process_first():
         rows = args.load_rows(tokenizer, args.context_length)
 
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, config=config, attn_implementation=args.attn, dtype=args.dtype
-    )
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=args.lora_rank,
-        lora_alpha=2 * args.lora_rank,
-        target_modules="all-linear",
-        modules_to_save=args.modules_to_save,
-    )
-    trainer = Trainer(
-        get_peft_model(model, lora) if args.lora else model,
+    trainer = make_trainer(
+        load_model(args, config),
         args,
         data_collator=collate_packed,
         train_dataset=rows["train"],
@@ -109,14 +168,7 @@ def main() -> None:
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
-
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if args.lora:
-        model = model.merge_and_unload()
-    model.config.use_cache = True  # Trainer turns the cache off, and would save that.
-    if trainer.is_world_process_zero():
-        model.save_pretrained(args.output_dir)
-        tokenizer.save_pretrained(args.output_dir)
+    save(trainer, args, tokenizer)
 
 
 if __name__ == "__main__":

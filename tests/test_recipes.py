@@ -57,16 +57,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(recipe: str, inputs: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
-    launch = "-m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1"
+def start(
+    recipe: str, inputs: Path, out: Path, *options: str, launch: str = "--cpu --num_processes 1"
+) -> subprocess.Popen[bytes]:
+    launch = f"-m accelerate.commands.launch {launch} --num_machines 1"
     launch += " --mixed_precision no --dynamo_backend no"
-    line = [
-        *(sys.executable, *launch.split(), str(RECIPES / recipe)),
-        *("--model", str(inputs / "model"), "--dataset", str(inputs / "text")),
-        *("--out", str(out), "--max_steps", str(STEPS), "--logging_steps", "1"),
-        *("--save_steps", "4", "--per_device_train_batch_size", "2", "--learning_rate", "5e-3"),
-        *("--use_cpu", "--disable_tqdm", "true", *options),
-    ]
+    line = [sys.executable, *launch.split(), *command(recipe, inputs, out, *options)]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(inputs / "cache"),
@@ -77,6 +73,16 @@ def start(recipe: str, inputs: Path, out: Path, *options: str) -> subprocess.Pop
         return subprocess.Popen(
             line, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
+
+
+def command(recipe: str, inputs: Path, out: Path, *options: str) -> list[str]:
+    return [
+        *(str(RECIPES / recipe), "--model", str(inputs / "model")),
+        *("--dataset", str(inputs / "text"), "--out", str(out)),
+        *("--max_steps", str(STEPS), "--logging_steps", "1", "--save_steps", "4"),
+        *("--per_device_train_batch_size", "2", "--learning_rate", "5e-3"),
+        *("--use_cpu", "--disable_tqdm", "true", *options),
+    ]
 
 
 def run_to_the_end(recipe: str, inputs: Path, out: Path, *options: str) -> str:

@@ -8,6 +8,7 @@ from hf_attn_plugin.integrations.deferred import when_imported
 
 DESCRIPTIONS: dict[str, str] = {
     "flash": "exact attention, by the fastest kernel that honours the call",
+    "ring": "flash over a sequence that several GPUs share, inside sequence_parallel",
     "sliding_window": "the last `window` tokens, and sink tokens if wanted",
     "longformer": "a window, and global tokens that see and are seen by all",
     "strided": "a window, and every key at a multiple of the stride",

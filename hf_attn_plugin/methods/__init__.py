@@ -9,12 +9,14 @@ from hf_attn_plugin.methods.h2o import h2o_attention
 from hf_attn_plugin.methods.linear import linear_attention_forward
 from hf_attn_plugin.methods.lm_infinite import lm_infinite_attention
 from hf_attn_plugin.methods.longformer import longformer_attention
+from hf_attn_plugin.methods.ring import ring_attention
 from hf_attn_plugin.methods.sliding_window import sliding_window_attention
 from hf_attn_plugin.methods.sparq import sparq_attention
 from hf_attn_plugin.methods.strided import strided_attention
 
 METHODS: dict[str, Callable[..., Any]] = {
     "flash": flash_attention,
+    "ring": ring_attention,
     "sliding_window": sliding_window_attention,
     "longformer": longformer_attention,
     "strided": strided_attention,

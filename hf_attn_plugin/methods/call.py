@@ -18,6 +18,7 @@ from hf_attn_plugin.methods.packing import (
     with_lengths,
     with_restarts,
 )
+from hf_attn_plugin.methods.sharding import Rows, rows_of, whole_pattern
 from hf_attn_plugin.ops import attention
 from hf_attn_plugin.ops.reads import nbytes
 from hf_attn_plugin.patterns import Pattern, PatternMask
@@ -49,6 +50,8 @@ class AttentionCall:
         sinks: ``[heads]`` attention sinks, or None.
         extra: The other keyword arguments.
         own_mask: Whether the caller passed a 4D mask of its own.
+        rows: The rows of which query, key and value are a part, spread over ranks; ``pattern`` is
+            of all their tokens then. None where there is nothing else.
     """
 
     method: str
@@ -62,6 +65,7 @@ class AttentionCall:
     sinks: Tensor | None
     extra: dict[str, Any]
     own_mask: bool
+    rows: Rows | None = None
 
     @property
     def is_decoding(self) -> bool:
@@ -130,7 +134,22 @@ def read_call(
         key, value = update_paged_cache(extra["cache"], key, value, _layer_idx(module), extra)
         attention_mask = None  # made for the new tokens only; the cumulative lengths say it all
     query, key, value = _under_autocast(query, key, value)
-    pattern = _pattern(method, module, query, key, attention_mask, extra)
+    rows = rows_of(module)
+    if rows is None:
+        pattern = _pattern(method, module, query, key, attention_mask, extra)
+    else:
+        pattern = whole_pattern(
+            method,
+            module,
+            rows,
+            query,
+            key,
+            attention_mask,
+            causal=_is_causal(module, extra),
+            band=extra.get("sliding_window"),
+            chunk=chunk_size(module),
+            lengths=extra.get("cu_seq_lens_q") is not None,
+        )
     return AttentionCall(
         method=method,
         module=module,
@@ -143,6 +162,7 @@ def read_call(
         sinks=s_aux if s_aux is not None else sinks,
         extra=extra,
         own_mask=isinstance(attention_mask, Tensor) and attention_mask.ndim == 4,
+        rows=rows,
     )
 
 
@@ -161,6 +181,9 @@ def attend(
     Returns:
         The output, contiguous ``[batch, q_len, heads, value_dim]``, and None for the weights.
     """
+    if call.rows is not None:
+        record(call.module, call.method)
+        return call.rows.attend(call, pattern).transpose(1, 2).contiguous(), None
     key, value = call.key, call.value
     # On a GPU the kernel skips blocks that are hidden; of a stride every block holds a key.
     gathers = not key.is_cuda or pattern.stride is not None or is_counted(call.module)

@@ -55,6 +55,8 @@ def linear_attention_forward(
     _refuse(call)
     feature_map = _feature_map(call)
     pattern = call.pattern
+    if call.rows is not None:
+        return call.rows.attend_linear(call, pattern, feature_map)
     start, state = 0, None
     if slot is not None:
         start = slot[1]

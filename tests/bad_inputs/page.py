@@ -7,13 +7,14 @@ import re
 import tempfile
 from pathlib import Path
 
-from . import calls, commands, parameters, training
+from . import calls, commands, parameters, sequences, training
 from .case import Case
 
 CASES: tuple[Case, ...] = (
     *parameters.CASES,
     *calls.CASES,
     *training.CASES,
+    *sequences.CASES,
     *commands.CASES,
 )
 PAGE = Path(__file__).parents[2] / "eval" / "results" / "bad_inputs.md"
