@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import importlib.util
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 HELP = "measure speed and memory beside PyTorch's and FlashAttention's kernels (needs a GPU)"
 
@@ -19,18 +21,24 @@ OTHERS = {
     "model": "in_model",
     "decode": "decode",
     "linear": "linear",
+    "ring": "ring",
 }
+# Those of them that measure parts, which are named after them.
+_WITH_PARTS = {"decode", "ring"}
 # Options that not all of them take, and who does; "table" is the comparison of cases.
 _TAKEN_BY = {
-    "peers": ("table", "compile", "model"),
-    "quick": ("table", "model", "decode", "linear"),
-    "fresh": ("table", "model", "decode"),
-    "no_figures": ("table", "decode"),
+    "peers": ("table", "compile", "model", "ring"),
+    "quick": ("table", "model", "decode", "linear", "ring"),
+    "fresh": ("table", "model", "decode", "ring"),
+    "no_figures": ("table", "decode", "ring"),
     "peer_timeout": ("table", "model"),
-    "tokens": ("model",),
-    "layers": ("model", "decode"),
+    "tokens": ("model", "ring"),
+    "layers": ("model", "decode", "ring"),
     "model": ("decode",),
     "scores": ("decode",),
+    "ranks": ("ring",),
+    "rounds": ("ring",),
+    "device": ("ring",),
 }
 _PEER_TIMEOUT = 240.0
 _PACKAGE = "hf_attn_plugin.eval_speed"
@@ -43,8 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in one process. What is measured already is not measured again. Exit status: 1 when "
         "numbers are wrong (their times are not reported). Instead of cases: `compile` (what the "
         "first call costs in a fresh process), `model` (a LoRA step), `decode` (all of its parts, "
-        "or those named after it; --list names them), `linear`; `draw` draws the picture of kept "
-        "results."
+        "or those named after it; --list names them), `linear`, `ring` (one sequence over several "
+        "GPUs: a process for each is started, torchrun may start them too; cases, `model` for a "
+        "training step or `draw` after it); `draw` draws the picture of kept results."
     )
     parser.add_argument(
         "cases", metavar="CASE", nargs="*", help="cases to measure (all; --list names them)"
@@ -74,7 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(default: {_PEER_TIMEOUT:.0f})",
     )
     model = parser.add_argument_group("for hf-attn bench model")
-    model.add_argument("--tokens", type=int, metavar="N", help="tokens of the step (default 65536)")
+    model.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="tokens of the step (default 65536; of hf-attn bench ring model 262144)",
+    )
     model.add_argument(
         "--layers",
         type=int,
@@ -95,16 +109,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="results.json of hf-attn sweep on that model (default: "
         "eval/results/sweep/lab/results.json); no speed is shown without its quality",
     )
+    ring = parser.add_argument_group("for hf-attn bench ring")
+    ring.add_argument(
+        "--ranks", type=int, metavar="N", help="processes, each with a GPU (default: all GPUs)"
+    )
+    ring.add_argument(
+        "--rounds", type=int, metavar="N", help="turns of every contender (default: 3)"
+    )
+    ring.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        help="cpu tries the command with a few tokens and gloo (default: cuda)",
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure what was asked for."""
     what = args.cases[0] if args.cases else None
-    if what in {*OTHERS, "draw"} - {"decode"} and len(args.cases) > 1:
+    if what in {*OTHERS, "draw"} - _WITH_PARTS and len(args.cases) > 1:
         raise ValueError(f"hf-attn bench {what} takes no cases; got {' '.join(args.cases[1:])}.")
     _check_options(what if what in {*OTHERS, "draw"} else "table", args)
-    for name in ("tokens", "layers", "peer_timeout"):
+    for name in ("tokens", "layers", "rounds", "peer_timeout"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {value}.")
@@ -114,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
         parts = speed_module(OTHERS["decode"]).PARTS
         print("parts of hf-attn bench decode:")
         print("\n".join(f"  {name:<12}{text}" for name, text in parts.items()))
+        print(speed_module(OTHERS["ring"]).listing())
         return 0
     if what == "draw":
         print(table.draw(args.out))
@@ -152,6 +179,8 @@ def _run_other(what: str, args: argparse.Namespace) -> int:
     module = speed_module(OTHERS[what])
     if what == "decode":
         return _run_decode(module, args)
+    if what == "ring":
+        return _run_ring(module, args)
     if args.peers is not None:
         module.check_peers(args.peers)
     _check_gpu()
@@ -193,6 +222,48 @@ def _run_decode(module: ModuleType, args: argparse.Namespace) -> int:
         scores=args.scores,
         say=_say,
     )
+
+
+def _run_ring(module: ModuleType, args: argparse.Namespace) -> int:
+    parts = tuple(args.cases[1:])
+    if parts == (module.DRAW,):
+        print(module.draw(args.out))
+        return 0
+    settings = module.Settings(
+        out=str(args.out),
+        what=parts,
+        command=command_line(sys.argv[1:]),
+        device=args.device or "cuda",
+        peers=None if args.peers is None else tuple(args.peers),
+        quick=args.quick,
+        fresh=args.fresh,
+        figures=not args.no_figures,
+        tokens=args.tokens,
+        layers=args.layers,
+        rounds=args.rounds or 3,
+    )
+    ranks = module.check(settings, args.ranks)
+    return module.start(ring_rank, ranks, dataclasses.asdict(settings))
+
+
+def ring_rank(
+    rank: int | None, ranks: int, meeting: str | None, settings: Mapping[str, Any]
+) -> None:
+    """One of the processes of ``hf-attn bench ring``; new ones are started with this function.
+
+    Args:
+        rank: Its number; None under torchrun.
+        ranks: How many there are.
+        meeting: The file through which they meet; None under torchrun.
+        settings: Fields of the benchmark's settings.
+
+    Raises:
+        SystemExit: Numbers were wrong, or something could not run.
+    """
+    module = speed_module(OTHERS["ring"])
+    status = module.work(rank, ranks, meeting, module.Settings(**settings), _say)
+    if status:
+        raise SystemExit(status)
 
 
 def speed_module(name: str) -> ModuleType:

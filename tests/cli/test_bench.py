@@ -44,12 +44,12 @@ def test_a_gpu_is_asked_for(
     [
         (["fulll"], "no case named fulll: choose from full, window-1024"),
         (["--peers", "fa5"], "no peer named fa5: choose from sdpa-flash"),
-        (["full", "--layers", "2"], "--layers is for hf-attn bench model, hf-attn bench decode; "),
+        (["full", "--layers", "2"], "--layers is for hf-attn bench model, hf-attn bench decode, "),
         (["decode", "--peers", "fa4"], "--peers is for hf-attn bench, hf-attn bench compile, "),
         (["linear", "--fresh"], "hf-attn bench linear has no use for it"),
         (["compile", "--quick"], "hf-attn bench compile has no use for it"),
         (["decode", "--peer-timeout", "9"], "hf-attn bench decode has no use for it"),
-        (["model", "--no-figures"], "--no-figures is for hf-attn bench, hf-attn bench decode; "),
+        (["model", "--no-figures"], "--no-figures is for hf-attn bench, hf-attn bench decode, "),
         (["decode", "sparks"], "has no part sparks: choose from dense, table, settings"),
         (["decode", "errors"], "hf-attn bench decode errors needs --model with a folder"),
         (["decode", "page", "--scores", "none.json"], "no speed without its quality: none.json"),
@@ -60,6 +60,13 @@ def test_a_gpu_is_asked_for(
         (["--peer-timeout", "0"], "--peer-timeout must be above 0"),
         (["compile", "full"], "hf-attn bench compile takes no cases; got full"),
         (["draw"], "holds no lengths to draw: run hf-attn bench first"),
+        (["ring", "full"], "no case of hf-attn bench ring is named full: choose from causal, "),
+        (["ring", "--peers", "fa4"], "no peer of hf-attn bench ring is named fa4: choose from cp-"),
+        (["ring", "model", "windows"], "no case of hf-attn bench ring is named windows"),
+        (["ring", "--rounds", "0"], "--rounds must be above 0, got 0"),
+        (["ring", "--ranks", "1"], "--ranks must be at least 2, got 1"),
+        (["ring", "draw"], "there are no timelines to draw: run hf-attn bench ring first"),
+        (["model", "--ranks", "2"], "--ranks is for hf-attn bench ring; hf-attn bench model has"),
     ],
 )
 def test_wrong_options(
