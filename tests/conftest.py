@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,12 @@ from torch.utils._device import _device_constructors
 sys.path.insert(0, str(Path(__file__).parent))  # `from tiny import ...`, whatever the import mode
 
 pytest_plugins = ["families.plugin"]  # pytest -m families
+
+# Tensors are tiny here: threads take longer to wait for each other than one takes for all of it.
+# Other cores are for other processes (pytest -n).
+if not torch.cuda.is_available():
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what tests start
 
 # `with torch.device(...)` knows the functions that make tensors by identity, and remembers them
 # from its first use on: that must not be one with the fixture below in force.
