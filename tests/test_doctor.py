@@ -185,9 +185,41 @@ def test_what_a_gpu_elsewhere_decodes_sparq_with(
 
     with_triton = ("--installed", "triton")
     assert "sparq's own step: Triton" in decoding(65536, *with_triton)
-    assert "sparq attends to all keys: reading all" in decoding(1024, *with_triton)
+    assert "sparq attends to all keys: choosing among them pays from" in decoding(
+        1024, *with_triton
+    )
     assert "own step: Triton" in decoding(1024, *with_triton, "--dense-below", "0")
-    assert "may be slower than a kernel" in decoding(65536, "--installed", "flash-attn-4")
+    assert "may be slower than a kernel" in decoding(1024, "--installed", "flash-attn-4")
+
+
+def test_bytes_read_where_sparq_attends_to_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a step reads in the table is what the line above it says that the step does."""
+    dense = "dense (flash, sdpa, eager)"
+
+    def sparq(folder: str, *options: str) -> tuple[bool, str]:
+        report = examine_json(capsys, folder, "--attn", "sparq", *options)
+        row = rows_of(report)["sparq, key copy full"]
+        (found,) = report["model"]["backends"]
+        reads_all = row["read"] == rows_of(report)[dense]["read"]
+        assert reads_all == ("attends to all keys" in found["decoding_reason"])
+        assert reads_all == ("attends to all keys" in row["note"])
+        return reads_all, row["note"]
+
+    large = [large_config(tmp_path), "--dtype", "bfloat16", "--length"]
+    gpu = ("--device", "cuda:9.0", "--installed", "triton")
+    assert sparq(*large, "2048", *gpu)[0]
+    assert not sparq(*large, "2048")[0]  # a CPU
+    assert not sparq(*large, "2048", *gpu, "--dense-below", "0")[0]
+    # More than one KV head's bytes, less than the layer's: 8 MiB.
+    assert not sparq(*large, "2048", *gpu, "--dense-below", str(2**21))[0]
+    tiny = [save_config(tmp_path, "llama", "LlamaForCausalLM"), "--length", str(LENGTH)]
+    tiny += ["--top-k", "8"]
+    assert not sparq(*tiny)[0]
+    reads_all, note = sparq(*tiny, "--dense-below", "100000000")
+    assert reads_all
+    assert "95.3674 MiB" in note
 
 
 def test_backends_of_a_gpu_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,7 +273,7 @@ def test_prefill_and_training_apart(tmp_path: Path) -> None:
 
 
 def test_the_backend_of_linear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = [large_config(tmp_path), "--attn", "linear", "--dtype", "bfloat16"]
+    line = [large_config(tmp_path), "--attn", "linear", "--dtype", "bfloat16", "--length", "256"]
 
     def said(*options: str) -> str:
         main(["doctor", *line, *options])

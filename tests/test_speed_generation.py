@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_attn_plugin import SparQConfig, configure
 from hf_attn_plugin.cli.bench import speed_module
 from tests.test_speed import CPU, CountingClock
 
@@ -122,8 +123,8 @@ def test_generation_that_computes_something_else_has_no_time(
     bench, _ = generation_bench(tmp_path / "generation.json")
     right = bench._filled_cache
 
-    def other_keys(model: Any, contender: Any, batch: int, tokens: int) -> Any:
-        cache = right(model, contender, batch, tokens)
+    def other_keys(model: Any, contender: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = right(model, contender, *args, **kwargs)
         if contender.attention == "flash":
             for layer in cache.layers:
                 layer.values.neg_()
@@ -134,6 +135,27 @@ def test_generation_that_computes_something_else_has_no_time(
     rows = bench.measure(1, 40, contenders)
     assert [row.status for row in rows] == ["ok", "FAILED numerics"]
     assert rows[1].step_ms is None
+
+
+@pytest.mark.parametrize("top_k", [128, 24])
+def test_generation_that_chooses_other_keys_has_no_time(
+    top_k: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "WARM", 2)
+    monkeypatch.setattr(generation, "TIMED", 2)
+    bench, _ = generation_bench(tmp_path / "generation.json")
+    load, loaded = bench._load, []
+
+    def load_other(attention: str) -> Any:
+        model = load(attention)
+        loaded.append(attention)
+        return configure(model, SparQConfig(rank=4, top_k=128 if len(loaded) == 1 else top_k))
+
+    monkeypatch.setattr(bench, "_load", load_other)
+    contenders = [generation.Contender("sparq"), generation.Contender("sparq", static=True)]
+    first, second = bench.measure(1, 400, contenders)
+    assert first.status == "ok"
+    assert second.status == ("ok" if top_k == 128 else "FAILED numerics")
 
 
 def test_what_cannot_fit_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

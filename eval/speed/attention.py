@@ -27,7 +27,7 @@ def chosen_cases(names: Sequence[str], quick: bool) -> list[Case]:
     if unknown:
         raise ValueError(
             f"no case named {', '.join(unknown)}: choose from {', '.join(CASES)}, or one of "
-            "compile, model, decode, linear"
+            "compile, model, decode, linear, ring"
         )
     cases = [CASES[name] for name in names or CASES]
     return [case.at(case.length // 8) for case in cases] if quick else cases

@@ -69,6 +69,7 @@ _DATA = {
     "neighbours that matter": neighbouring_keys,
 }
 _COPY = "copy"
+_BRIEF_SECONDS = 0.06  # of each of the crossover's several hundred
 
 
 def chosen_parts(names: Sequence[str], model: Path | None) -> list[str]:
@@ -182,6 +183,7 @@ def measure_sparq(
     _measure_copy(results, clock, device)
     every = SparQBench(clock, device, results, say)
     fast = SparQBench(clock, device, results, say, steps=(FAST,))
+    brief = SparQBench(clock, device, results, say, steps=(FAST,), seconds=_BRIEF_SECONDS)
     rows: list[SparQRow] = []
     if TABLE in parts:
         for shape in SHAPES[-2:] if quick else SHAPES:
@@ -192,7 +194,7 @@ def measure_sparq(
     if CROSSOVER in parts:
         for shape in crossover_shapes(quick):
             copies = _COPIES if shape.batch == _BATCHES[1] else _COPIES[:1]
-            rows += fast.measure(CROSSOVER, shape, copies)
+            rows += brief.measure(CROSSOVER, shape, copies)
     if "data" in parts:
         for shape, (name, make) in itertools.product(_SETTINGS_SHAPES, _DATA.items()):
             rows.append(fast.measure_alone(DATA + name, shape, Setting(), make))

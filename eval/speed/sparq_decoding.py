@@ -21,7 +21,7 @@ from hf_attn_plugin.ops.sparq.key_copy import Components, StridedComponents, all
 from .contenders import kernel_versions, source_hash
 from .decoding import HEAD_DIM, HEADS, DecodeCase, check, contenders, host_microseconds
 from .report import ERROR, MISSING, OK, WRONG, Results, machine
-from .sparq_numerics import Setting, judge, part_ties, relative_error, unrelated_rows
+from .sparq_numerics import Setting, judge, part_ties, unrelated_rows
 from .table import free
 from .timing import time_limit, time_stages
 
@@ -111,7 +111,6 @@ class SparQRow:
         nbytes: Of the cache that the step reads: all of it, or what `CacheReads` counts.
         share: The worst error as a share of what is allowed.
         exchanged: Keys chosen otherwise than in float64, per key/value head.
-        dense_error: ‖output - dense‖ / ‖dense‖ on these inputs.
     """
 
     group: str
@@ -129,7 +128,6 @@ class SparQRow:
     nbytes: int | None = None
     share: float | None = None
     exchanged: float | None = None
-    dense_error: float | None = None
 
     @property
     def key(self) -> str:
@@ -221,6 +219,7 @@ class SparQBench:
         results: Keeps the rows.
         say: Receives progress, a line at a time.
         steps: Which of `SPARQ` take part.
+        seconds: How long to time each contender, roughly.
     """
 
     def __init__(
@@ -230,9 +229,10 @@ class SparQBench:
         results: Results[SparQRow],
         say: Callable[[str], None],
         steps: Sequence[str] = SPARQ,
+        seconds: float = 0.2,
     ) -> None:
         self.clock, self.device, self.results, self.say = clock, device, results, say
-        self.steps = steps
+        self.steps, self.seconds = steps, seconds
         self.stamp = stamp()
 
     def measure(
@@ -285,22 +285,17 @@ class SparQBench:
                 self._keep(dataclasses.replace(row, status=ERROR, detail=DOES_NOT_FIT))
                 for row in wanted
             ]
-        dense: Tensor | None = None
         for row in wanted[: len(calls)]:
-            done = kept[row.key]
-            if done is None or dense is None:
-                measured, output = self._dense_row(row, case, inputs, calls[row.contender])
-                dense = output if measured.status == OK else dense
-                done = done or measured
-            rows.append(self._keep(done))
+            again = kept[row.key] or self._dense_row(row, case, inputs, calls[row.contender])
+            rows.append(self._keep(again))
         for setting in settings:
             own = [row for row in wanted if row.setting == setting.title]
             if any(kept[row.key] is None for row in own):
-                made = self._sparq_rows(own, setting, inputs, dense)
+                made = self._sparq_rows(own, setting, inputs)
                 rows += [self._keep(kept[row.key] or row) for row in made]
             else:
                 rows += [done for row in own if (done := kept[row.key]) is not None]
-        del inputs, dense
+        del inputs
         free(self.device)
         return rows
 
@@ -342,24 +337,20 @@ class SparQBench:
 
     def _dense_row(
         self, row: SparQRow, case: DecodeCase, inputs: Inputs, call: Callable[..., Tensor]
-    ) -> tuple[SparQRow, Tensor | None]:
-        output: Tensor | None = None
-
+    ) -> SparQRow:
         def measured() -> SparQRow:
-            nonlocal output
             call(*inputs)
-            output = call(*inputs)
-            share = check(case, inputs, output)
+            share = check(case, inputs, call(*inputs))
             if not share <= 1:
                 return dataclasses.replace(row, status=WRONG, detail=_times(share), share=share)
             return dataclasses.replace(
                 row, share=share, nbytes=case.nbytes, **self._times(lambda: call(*inputs))
             )
 
-        return _guarded(row, measured), output
+        return _guarded(row, measured)
 
     def _sparq_rows(
-        self, rows: Sequence[SparQRow], setting: Setting, inputs: Inputs, dense: Tensor | None
+        self, rows: Sequence[SparQRow], setting: Setting, inputs: Inputs
     ) -> list[SparQRow]:
         """All steps of one setting, which share the copy and what is expected."""
         try:
@@ -389,15 +380,12 @@ class SparQBench:
             if unrelated:
                 text = f"{unrelated} heads have nothing to do with those of the step in PyTorch"
                 return dataclasses.replace(row, status=WRONG, detail=text, **numbers)
-            error = None if dense is None else relative_error(output, dense)
-            return dataclasses.replace(
-                row, nbytes=reads.total, dense_error=error, **numbers, **self._times(call)
-            )
+            return dataclasses.replace(row, nbytes=reads.total, **numbers, **self._times(call))
 
         return [_guarded(row, functools.partial(measured, row)) for row in rows]
 
     def _times(self, call: Step) -> dict[str, Any]:
-        ms = time_stages(self.clock, [lambda _: call()]).total_ms
+        ms = time_stages(self.clock, [lambda _: call()], seconds=self.seconds).total_ms
         return {"ms": ms, "host_us": host_microseconds(call)}
 
 

@@ -153,11 +153,6 @@ def part_ties(query: Tensor, kv_heads: int) -> Tensor:
         first_bits += torch.zeros_like(equal).scatter(-1, order, equal)
 
 
-def relative_error(output: Tensor, dense: Tensor) -> float:
-    """‖output - dense‖ / ‖dense‖ over all elements."""
-    return float((output.double() - dense.double()).norm() / dense.double().norm())
-
-
 def _one(components: Components, row: int, head: int) -> Components:
     """The copy of one key/value head."""
 

@@ -114,7 +114,7 @@ class Report:
     def speedups(self, group: str) -> Table:
         """SparQ beside the fastest dense kernel, and what its settings keep."""
         header = ["shape", "SparQ", "ms", "fastest dense", "its ms", "speed-up", "to reach"]
-        header += ["bytes bound ms", "error on random data", *self._quality_header()]
+        header += [self._bound_header(), *self._quality_header()]
         rows = self.group(group)
         cells = []
         for row in rows:
@@ -131,11 +131,40 @@ class Report:
                     f"{dense.ms / row.ms:.2f}x",
                     _reach(row, dense.ms / row.ms),
                     self._bound(row),
-                    _share(row.dense_error),
                     *self._quality(row.setting),
                 ]
             )
         return header, cells
+
+    def slow_copies(self) -> str:
+        """Where quantised copies of the keys take longer than full ones, though they read less."""
+        rows = {(row.title, row.setting): row for row in self.group(TABLE) if row.contender == FAST}
+        shapes = []
+        for title in dict.fromkeys(title for title, _ in rows):
+            full = rows.get((title, Setting().title))
+            if full is None or full.ms is None:
+                continue
+            others = {
+                kind: rows.get((title, Setting(key_copy=kind).title)) for kind in ("int8", "int4")
+            }
+            slow = [
+                f"{kind} {row.ms / full.ms:.1f}"
+                for kind, row in others.items()
+                if row is not None and row.ms is not None and row.ms > full.ms
+            ]
+            if slow:
+                shapes.append(f"{title}: {', '.join(slow)}")
+        if not shapes:
+            return ""
+        return (
+            "Quantised copies of the keys save memory rather than time: restoring their codes "
+            "takes longer than reading a full copy. Times as long as with a full copy: "
+            f"{'; '.join(shapes)}."
+        )
+
+    def _bound_header(self) -> str:
+        rate = self.copy_rate
+        return "bytes bound ms" + ("" if rate is None else f" at {rate / 1e12:.2f} TB/s")
 
     def _bound(self, row: SparQRow) -> str:
         if self.copy_rate is None or row.nbytes is None:
@@ -247,7 +276,7 @@ class Report:
         parts = [f"<!-- Made by: {command} -->", "# SparQ's decoding step beside dense attention"]
         parts += [about, _MEANING, self._about_quality()]
         for title, text, (header, cells) in (
-            ("Speed-up and quality", "", self.speedups(TABLE)),
+            ("Speed-up and quality", self.slow_copies(), self.speedups(TABLE)),
             ("Other settings", _SETTINGS, self.speedups(SETTINGS)),
             ("Where it begins to pay", _CROSSOVER, self.crossover()),
             ("Does what the cache holds change the time?", _DATA, self.by_data()),
@@ -317,20 +346,16 @@ def _reach(row: SparQRow, speedup: float) -> str:
     return "-"
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
-
-
 _MEANING = (
-    "One query per sequence, 32 query heads of 128, bfloat16; medians of CUDA events, the L2 cache "
-    "cleared before each step. “bytes bound” is what the step reads, at the rate of a large copy "
-    "in the same process. Dense kernels were checked against softmax attention in float64, SparQ "
-    "against its definition in float64, both with twice plain PyTorch's error and a rounding floor "
-    "as the budget; keys whose approximate masses differ by less than "
-    f"{TOLERANCE:.1%} may be exchanged for each other. What is wrong has no time. “error on random "
-    "data” is ‖SparQ - dense‖ / ‖dense‖ on normal queries, keys and values, among which no key "
-    "matters more than others: attention over few of them has little to do with that over all, "
-    "whatever is chosen."
+    "One query per sequence, 32 query heads of 128, bfloat16, normal queries, keys and values; "
+    "medians of CUDA events, the L2 cache cleared before each step, which takes the device so long "
+    "that the step's kernels are queued by then: as in a CUDA graph, what a step takes the host "
+    "(“host us”) is not in its time; launched eagerly, a step takes the longer of both. “bytes "
+    "bound” is what the step reads, at the rate at which a large copy in the same process reads "
+    "and writes; what only reads may be some percent faster. Dense kernels were checked against "
+    "softmax attention in float64, SparQ against its definition in float64, both with twice plain "
+    "PyTorch's error and a rounding floor as the budget; keys whose approximate masses differ by "
+    f"less than {TOLERANCE:.1%} may be exchanged for each other. What is wrong has no time."
 )
 _SETTINGS = "The settings of the sweep, timed, so that each speed-up has its scores."
 _CROSSOVER = (
@@ -342,4 +367,7 @@ _DATA = (
     "Random keys; all keys of a head equal, so that every mass is; and a hundred neighbouring keys "
     "that have nearly all of the mass."
 )
-_EVERYTHING = "“exchanged keys”: how many of a head's keys were chosen otherwise than in float64."
+_EVERYTHING = (
+    "“exchanged keys”: how many of a head's keys were chosen otherwise than in float64. What takes "
+    "the host longer than a millisecond or so, as SparQ in PyTorch does, is held up by it."
+)

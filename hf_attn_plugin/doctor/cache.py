@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugin.config import METHOD_CONFIGS, MethodConfig, SparQConfig, configure
-from hf_attn_plugin.doctor.layers import Layer
+from hf_attn_plugin.doctor.environment import Target
+from hf_attn_plugin.doctor.layers import Layer, sparq_choice
 from hf_attn_plugin.methods import METHODS
 from hf_attn_plugin.methods.counting import COUNTER_ATTRIBUTE, CacheReadCounter
+from hf_attn_plugin.ops.sparq_backend import SparQBackend
 
 # Methods that must have seen the prompt before they decode, which takes time quadratic in it.
 _FOLLOWS_PROMPT = frozenset({"h2o", "linear"})
@@ -38,18 +40,20 @@ class CacheBytes:
 
 
 def cache_bytes(
-    layers: Sequence[Layer], config: Any, length: int, dtype: torch.dtype
+    layers: Sequence[Layer], config: Any, length: int, dtype: torch.dtype, target: Target
 ) -> list[CacheBytes]:
     """A row per method: first dense attention, then this package's, then a static cache.
 
     A layer of every kind is given a real cache of random keys with a single KV head, and one token
-    is decoded over it, under the counters of `hf_attn_plugin.count_reads`.
+    is decoded over it, under the counters of `hf_attn_plugin.count_reads`. Where ``sparq`` would
+    attend to all keys on ``target``, it reads what dense attention does.
 
     Args:
         layers: Those of the model.
         config: The model's config; its ``attn_params`` are used.
         length: Tokens in the cache.
         dtype: Of keys and values.
+        target: Where the model would run.
     """
     cached = [layer for layer in layers if layer.cached_dims is not None]
     if not cached:
@@ -57,7 +61,7 @@ def cache_bytes(
     dense = [_dense(layer, length, dtype) for layer in cached]
     rows = [CacheBytes("dense (flash, sdpa, eager)", sum(dense), sum(dense))]
     for label, name, parameters in _variants(config):
-        rows.append(_under(label, name, parameters, cached, config, length, dtype))
+        rows.append(_under(label, name, parameters, cached, config, length, dtype, target))
     note = "under any method, allocated at once for the longest length"
     rows.append(CacheBytes(f"static cache of {length:,}", sum(dense), None, note))
     return rows
@@ -73,7 +77,7 @@ def _variants(config: Any) -> list[tuple[str, str, MethodConfig | None]]:
     stored = getattr(config, "attn_params", None) or {}
     found: list[tuple[str, str, MethodConfig | None]] = []
     for name, cls in METHOD_CONFIGS.items():
-        if name == "flash" or name not in METHODS:
+        if name in ("flash", "ring") or name not in METHODS:
             continue
         own = cls(**stored.get(name, {}))
         if isinstance(own, SparQConfig):
@@ -93,6 +97,7 @@ def _under(
     config: Any,
     length: int,
     dtype: torch.dtype,
+    target: Target,
 ) -> CacheBytes:
     if name in _FOLLOWS_PROMPT and length > _LONGEST_PROMPT:
         return CacheBytes(label, None, None, f"measured up to {_LONGEST_PROMPT:,} tokens only")
@@ -100,9 +105,13 @@ def _under(
         return CacheBytes(label, None, None, "needs keys and values, the cache holds latents")
     config = copy.deepcopy(config)
     config._attn_implementation = name
-    if parameters is not None:
+    if isinstance(parameters, SparQConfig):
+        # What is measured is one KV head's cache, which `sparq_choice` must not be made for.
+        configure(config, dataclasses.replace(parameters, dense_below=0))
+    elif parameters is not None:
         configure(config, parameters)
     kept = read = 0
+    notes: dict[str, None] = {}
     measured: dict[Any, tuple[int, int]] = {}
     for layer in layers:
         if layer.latent:
@@ -117,10 +126,25 @@ def _under(
             except ValueError as error:
                 return CacheBytes(label, None, None, f"refused: {str(error).split('. ')[0]}")
         kept += layer.kv_heads * measured[key][0]
-        read += layer.kv_heads * measured[key][1]
-    latent = any(layer.latent for layer in layers)
-    note = "a latent cache is read whole under every method" if latent else ""
-    return CacheBytes(label, kept, read, note)
+        reads_all = _attends_to_all(layer, parameters, dtype, target)
+        if reads_all is None:
+            read += layer.kv_heads * measured[key][1]
+        else:
+            read += _dense(layer, length, dtype)
+            notes[f"attends to all keys: {reads_all}"] = None
+    if any(layer.latent for layer in layers):
+        notes["a latent cache is read whole under every method"] = None
+    return CacheBytes(label, kept, read, "; ".join(notes))
+
+
+def _attends_to_all(
+    layer: Layer, parameters: MethodConfig | None, dtype: torch.dtype, target: Target
+) -> str | None:
+    """Why ``sparq`` decodes densely in a layer that it would act in; None if it does not."""
+    if not isinstance(parameters, SparQConfig) or layer.window is not None or layer.cross:
+        return None
+    choice = sparq_choice(layer, parameters, dtype, target)
+    return choice.reason if choice.backend is SparQBackend.DENSE else None
 
 
 def _cache_class(config: Any, layer: Layer) -> str:

@@ -25,10 +25,16 @@ from hf_attn_plugin.methods import METHODS
 from hf_attn_plugin.ops.backend import choose_backend
 from hf_attn_plugin.ops.call import Call
 from hf_attn_plugin.ops.linear_backend import LinearCall, choose_linear_backend
-from hf_attn_plugin.ops.sparq_backend import SparQBackend, SparQCall, choose_sparq_backend
+from hf_attn_plugin.ops.sparq_backend import (
+    SparQBackend,
+    SparQCall,
+    SparQChoice,
+    choose_sparq_backend,
+)
 from hf_attn_plugin.patterns import Pattern, PatternMask
 
 _SLOW = "; may be slower than a kernel by an order of magnitude"
+_READS_A_PART = "reads a part of the cache; see the table below"
 # Arguments by which methods refuse a call, besides sinks.
 _TELLING = ("softcap", "position_bias", "indices", "block_indices", "is_causal", "sliding_window")
 
@@ -103,8 +109,10 @@ def sample_call(layer: Layer, attn: str) -> None:
     key = torch.randn(1, layer.kv_heads, 2, layer.head_dim)
     value = torch.randn(1, layer.kv_heads, 2, layer.value_dim)
     sinks = {"s_aux": torch.zeros(layer.heads)} if layer.sinks else {}
+    # ring computes what flash does, and refuses to outside of sequence_parallel.
+    method = METHODS["flash" if attn == "ring" else attn]
     with torch.no_grad():
-        METHODS[attn](layer.module, query, key, value, None, **layer.arguments, **sinks)
+        method(layer.module, query, key, value, None, **layer.arguments, **sinks)
 
 
 def build_model(model_class: Any, config: Any, attn: str, dtype: torch.dtype) -> Any:
@@ -314,10 +322,11 @@ def _linear(layer: Layer, dtype: torch.dtype, target: Target) -> _Found:
     return _Found(f"linear attention: {choice.backend.value}", reason)
 
 
-def _sparq(layer: Layer, dtype: torch.dtype, target: Target) -> _Found:
-    """Of one sequence whose cache holds the prompt."""
-    parameters = parameters_of(getattr(layer.module, "config", None), SparQConfig)
-    choice = choose_sparq_backend(
+def sparq_choice(
+    layer: Layer, parameters: SparQConfig, dtype: torch.dtype, target: Target
+) -> SparQChoice:
+    """What computes a step of one sequence whose cache holds the prompt."""
+    return choose_sparq_backend(
         SparQCall(
             batch=1,
             heads=layer.heads,
@@ -336,11 +345,18 @@ def _sparq(layer: Layer, dtype: torch.dtype, target: Target) -> _Found:
             dense_below=parameters.dense_below,
         )
     )
+
+
+def _sparq(layer: Layer, dtype: torch.dtype, target: Target) -> _Found:
+    parameters = parameters_of(getattr(layer.module, "config", None), SparQConfig)
+    choice = sparq_choice(layer, parameters, dtype, target)
     if choice.backend is SparQBackend.DENSE:
         last = Pattern(q_len=1, kv_len=layer.pattern.kv_len, causal=layer.pattern.causal)
         found = _chosen(layer, last, dtype, target, needs_grad=False)
         return dataclasses.replace(found, reason=f"sparq attends to all keys: {choice.reason}")
     reason = choice.reason + (_SLOW if choice.falls_back else "")
+    if target.type != "cuda":
+        reason = _READS_A_PART
     return _Found(f"sparq's own step: {choice.backend.value}", reason)
 
 
@@ -349,11 +365,10 @@ def _decoding(layer: Layer, attn: str, dtype: torch.dtype, target: Target) -> _F
         return _Found(f"transformers' {attn}", "not one of this package's methods")
     if attn == "linear":
         return _Found("linear attention's recurrent state", "reads no keys")
-    if attn == "sparq" and target.type == "cuda" and layer.window is None and not layer.cross:
+    if attn == "sparq" and layer.window is None and not layer.cross:
         return _sparq(layer, dtype, target)
     if METHOD_CONFIGS[attn].decode_only and layer.window is None and not layer.cross:
-        reason = "reads a part of the cache; see the table below"
-        return _Found(f"{attn}'s own step in PyTorch", reason)
+        return _Found(f"{attn}'s own step in PyTorch", _READS_A_PART)
     kv_len = layer.pattern.kv_len
     if layer.window is not None:
         kv_len = min(kv_len, layer.window)  # a window layer's cache holds no more

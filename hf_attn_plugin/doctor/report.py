@@ -171,7 +171,7 @@ def examine(
     model = ModelReport(
         **about,
         backends=tuple(layer_backends(layers, attn, dtype, wanted)),
-        cache=tuple(cache_bytes(layers, config, length, dtype)),
+        cache=tuple(cache_bytes(layers, config, length, dtype, wanted)),
     )
     return dataclasses.replace(report, model=model)
 

@@ -120,7 +120,7 @@ def choose_backend(pattern: Pattern, call: Call) -> Choice:
     for backend in _order(pattern, call):
         if any(passed.backend is backend for passed in passed_over):
             continue
-        refusal = _refuses(backend, pattern, call)
+        refusal = refuses(backend, pattern, call)
         if refusal is None:
             reason = _reason(backend, pattern, call)
             warning = _warning(backend, pattern, call, passed_over)
@@ -176,7 +176,7 @@ def _terms(pattern: Pattern, call: Call) -> BuiltIn | str:
     return built_in(pattern)
 
 
-def _refuses(backend: Backend, pattern: Pattern, call: Call) -> str | None:
+def refuses(backend: Backend, pattern: Pattern, call: Call) -> str | None:
     """Why a backend cannot compute the call exactly; None if it can."""
     if backend is Backend.FLASH_ATTENTION_4:
         return flash_attention_4.refuses(pattern, call, _terms(pattern, call))

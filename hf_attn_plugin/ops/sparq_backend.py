@@ -12,17 +12,27 @@ from hf_attn_plugin.ops.triton.support_sparq import sparq_refuses
 _SMALLEST_CAPABILITY = (8, 0)
 
 # Bytes of a layer's keys and values from which choosing among them is faster than reading them all,
-# by the way the keys are kept a second time. On one H200 in bfloat16, r=32, k=128 of 128, dense
-# decoding takes about 4 us and 0.244 us per MiB (129 us for 512 MiB). A step over two copies takes
-# 45 us for 128 MiB, 55 for 512, 85 for 1,024 (32/8 heads): 37 us for the choice, however little is
-# read, and then 0.035 to 0.05 us per MiB. One copy takes 0.16 us per MiB, 8 and 4 bits, whose
-# codes must be restored, 0.16 and 0.14. These are where the lines meet, rounded up.
+# by whether query heads share them, which takes one kernel more, and by how the keys are kept a
+# second time. Measured on an H200 by `hf-attn bench decode crossover` (eval/results/speed/sparq.md)
+# in bfloat16, r=32, k=128 of 128, beside the fastest dense kernel, the L2 cache cleared. In MiB, of
+# 1, 8 and 32 sequences with 8 KV heads for 32 heads: 132, 107, 150 with two copies; of 8 sequences
+# 386 with 8 bits, 271 with 4, 192 with one copy. With 32 KV heads: 55, 78, and at 531 keys each 265
+# (k of so few are no small part: `_LEAST_KEYS`); of 8 sequences 165, 191, 161. Rounded up.
 PAYS_FROM_BYTES = {
-    "full": 192 * 2**20,
-    "int8": 448 * 2**20,
-    "int4": 384 * 2**20,
-    "none": 384 * 2**20,
+    True: {
+        "full": 160 * 2**20,
+        "int8": 400 * 2**20,
+        "int4": 288 * 2**20,
+        "none": 208 * 2**20,
+    },
+    False: {
+        "full": 80 * 2**20,
+        "int8": 176 * 2**20,
+        "int4": 200 * 2**20,
+        "none": 176 * 2**20,
+    },
 }
+_LEAST_KEYS = 4  # times k
 
 
 class SparQBackend(enum.Enum):
@@ -80,10 +90,20 @@ class SparQCall:
     scattered: bool = False
 
     @property
+    def grouped(self) -> bool:
+        """Whether query heads share keys and values."""
+        return self.heads > self.kv_heads
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of one position's keys and values, of all heads and sequences."""
+        width = self.head_dim + self.value_dim
+        return self.batch * self.kv_heads * width * self.dtype.itemsize
+
+    @property
     def dense_bytes(self) -> int:
         """Bytes of the keys and values."""
-        width = self.head_dim + self.value_dim
-        return self.batch * self.kv_heads * self.length * width * self.dtype.itemsize
+        return self.length * self.key_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +126,13 @@ class SparQChoice:
 def default_dense_below(call: SparQCall) -> int:
     """``SparQConfig.dense_below`` where it is not set; 0 where nothing is fast anyway.
 
-    What was measured is the Triton step, so it binds where that one is taken.
+    What was measured is the Triton step, so it binds where that one is taken. At least the bytes of
+    `_LEAST_KEYS` times ``top_k`` keys.
     """
-    refused = _refuses(dataclasses.replace(call, counted=False))
-    return 0 if refused is not None else PAYS_FROM_BYTES[call.key_copy]
+    if _refuses(dataclasses.replace(call, counted=False)) is not None:
+        return 0
+    least_keys = _LEAST_KEYS * call.top_k * call.key_bytes
+    return max(PAYS_FROM_BYTES[call.grouped][call.key_copy], least_keys)
 
 
 def choose_sparq_backend(call: SparQCall) -> SparQChoice:
@@ -120,10 +143,7 @@ def choose_sparq_backend(call: SparQCall) -> SparQChoice:
     least = default_dense_below(call) if call.dense_below is None else call.dense_below
     if call.dense_bytes < least:
         # Without the call's own numbers, which are symbols in a graph for any length.
-        reason = (
-            "reading all of a layer's keys and values is faster than choosing among them, which "
-            f"pays from {_mebibytes(least)} on"
-        )
+        reason = f"choosing among them pays from {_mebibytes(least)} of keys and values a layer on"
         notice = None
         if call.dense_below is None:
             notice = (

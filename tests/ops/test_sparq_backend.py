@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from hf_attn_plugin import SparQConfig
 from hf_attn_plugin.ops.sparq_backend import (
     PAYS_FROM_BYTES,
     SparQBackend,
@@ -51,11 +52,14 @@ def test_on_a_cpu_everything_is_as_ever():
     )
 
 
-@pytest.mark.parametrize("key_copy", PAYS_FROM_BYTES)
-def test_from_the_measured_size_on_it_pays(key_copy):
-    call = dataclasses.replace(LONG, key_copy=key_copy, length=1000)
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("key_copy", SparQConfig.KEY_COPIES)
+def test_from_the_measured_size_on_it_pays(key_copy, grouped):
+    heads = 32 if grouped else 8
+    call = dataclasses.replace(LONG, key_copy=key_copy, heads=heads, length=1000)
+    least = PAYS_FROM_BYTES[grouped][key_copy]
     per_key = call.dense_bytes // 1000
-    pays = -(-PAYS_FROM_BYTES[key_copy] // per_key)
+    pays = -(-least // per_key)
     below, above = choose(call, length=pays - 1), choose(call, length=pays)
     assert (below.backend, above.backend) == (SparQBackend.DENSE, SparQBackend.TRITON)
     assert "dense_below=0" in below.notice
@@ -64,9 +68,18 @@ def test_from_the_measured_size_on_it_pays(key_copy):
     assert choose(call, length=(pays - 1) // 4, batch=4).backend is below.backend
     assert choose(call, length=pays // 4 + 1, batch=4).backend is above.backend
     assert choose(call, length=pays - 1, dense_below=0).backend is SparQBackend.TRITON
-    own = choose(call, length=pays, dense_below=PAYS_FROM_BYTES[key_copy] * 2)
+    own = choose(call, length=pays, dense_below=least * 2)
     assert own.backend is SparQBackend.DENSE
     assert own.notice is None, "who asked for it need not be told"
+
+
+def test_few_keys_are_read_whole_however_many_sequences():
+    """Of less than 4 k keys, k are too large a part."""
+    many = dataclasses.replace(LONG, batch=512)
+    assert choose(many, length=511).backend is SparQBackend.DENSE
+    assert choose(many, length=512).backend is SparQBackend.TRITON
+    assert choose(many, length=512, top_k=129).backend is SparQBackend.DENSE
+    assert choose(many, length=300, dense_below=0).backend is SparQBackend.TRITON
 
 
 def test_all_keys_are_taken_when_there_are_no_more():

@@ -177,7 +177,7 @@ def _most_keys(pattern: Pattern) -> int:
     most = pattern.kv_len
     if isinstance(pattern.q_offset, int) and pattern.causal and pattern.q_positions is None:
         seen = pattern.q_offset - pattern.kv_offset + pattern.q_len
-        most = torch.sym_min(most, torch.sym_max(seen, 0))
+        most = min(most, max(seen, 0))
     near = pattern.band
     if pattern.is_sparse and pattern.stride is None and pattern.global_tokens is None:
         reach = pattern.reach or 1
@@ -185,7 +185,7 @@ def _most_keys(pattern: Pattern) -> int:
     if near is not None:
         first_tokens = max(pattern.num_sink_tokens, pattern.num_global_tokens)
         span = near if pattern.causal else 2 * near - 1
-        most = torch.sym_min(most, span + pattern.q_len - 1 + first_tokens)
+        most = min(most, span + pattern.q_len - 1 + first_tokens)
     return most
 
 

@@ -147,13 +147,19 @@ def _parts(components: Components | None) -> dict[str, Tensor | None]:
 def _check(
     query: Tensor, keys: Tensor, values: Tensor, rank: int, top_k: int, local_window: int
 ) -> None:
-    shapes = f"query {tuple(query.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}"
+    wrong = None
     if query.ndim != 4 or keys.ndim != 4 or values.ndim != 4 or query.shape[2] != 1:
-        raise ValueError(f"triton_sparq takes one query per sequence; got {shapes}.")
-    if keys.shape[:3] != values.shape[:3] or query.shape[0] != keys.shape[0]:
-        raise ValueError(f"triton_sparq: batch, KV heads and keys must agree; got {shapes}.")
-    if query.shape[3] != keys.shape[3] or query.shape[1] % max(keys.shape[1], 1):
-        raise ValueError(f"triton_sparq: the query does not fit the keys; got {shapes}.")
+        wrong = "takes one query per sequence"
+    elif keys.shape[:3] != values.shape[:3] or query.shape[0] != keys.shape[0]:
+        wrong = "batch, KV heads and keys must agree"
+    elif query.shape[3] != keys.shape[3] or query.shape[1] % max(keys.shape[1], 1):
+        wrong = "the query does not fit the keys"
+    if wrong is not None:
+        shapes = ", ".join(
+            f"{name} {tuple(tensor.shape)}"
+            for name, tensor in (("query", query), ("keys", keys), ("values", values))
+        )
+        raise ValueError(f"triton_sparq: {wrong}; got {shapes}.")
     if not query.dtype == keys.dtype == values.dtype:
         dtypes = f"{query.dtype}, {keys.dtype}, {values.dtype}"
         raise ValueError(f"triton_sparq: query, keys and values must share a dtype; got {dtypes}.")

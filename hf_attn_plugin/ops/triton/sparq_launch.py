@@ -126,10 +126,12 @@ def choose_tiles(told: Told, settings: Settings, sm_count: int) -> Tiles:
         tiles = Tiles(1024 // itemsize, 4, 3 if whole else 4, False, 8192, 2)
     else:
         tiles = Tiles(max(16, min(256, 16384 // (rank * itemsize))), 4, 3, True, 4096, 3)
-    # One number of every run is looked at, and then those of ``top_k`` runs: the fewest in all.
+    # One number of every run is looked at, and then those of ``top_k`` runs: the fewest in all. As
+    # for the next power of two, so that only there kernels are compiled for a cache that grows.
+    room = _power(length)
     sizes = (size for size in (8, 16, 32, 64) if size <= tiles.score_block)
-    run = min(sizes, key=lambda size: length // size + settings.top_k * size)
-    looked_at = max(length // run, settings.top_k * run)
+    run = min(sizes, key=lambda size: room // size + settings.top_k * size)
+    looked_at = max(room // run, settings.top_k * run)
     # More keys at a time take more registers, which matters where programs share a multiprocessor.
     chunk = 32 if whole else 128 if pairs <= sm_count else 64
     chunk = chunk * 512 // ((head_dim + value_dim) * itemsize)
@@ -235,7 +237,12 @@ def _prepare(
     ) -> _Call:
         tensors = tuple(names.split())
         constants = {n: constants[n] for n in kernel.arg_names if n.isupper()}
-        kinds = tuple(told[n][2:] if n in told else None for n in tensors)
+        # Of these a kernel is compiled for the dtype alone.
+        any_place = getattr(kernel, "do_not_specialize_on_alignment", ())
+        kinds = tuple(
+            None if n not in told else (told[n].dtype, None if n in any_place else told[n].aligned)
+            for n in tensors
+        )
         kept = _compiled(kernel, (device, kinds, *constants.values(), *options.values()))
         return _Call(kernel, programs, tensors, numbers, constants, options, kept)
 

@@ -491,6 +491,23 @@ def test_the_kernel_is_told_what_the_window_spans() -> None:
     assert make_plan(Pattern(q_len=1, kv_len=50, q_offset=9), torch.device("cpu"), 64).keys == 10
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_plans_are_traced(dynamic: bool | None) -> None:
+    """Whatever is a number and whatever a symbol: without a break of the graph."""
+
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend="eager")
+    def step(key: torch.Tensor, offset: torch.Tensor | int) -> torch.Tensor:
+        pattern = Pattern(
+            q_len=1, kv_len=key.shape[2], q_offset=offset, window=200, num_sink_tokens=4
+        )
+        return key.new_full((), make_plan(pattern, key.device, 64).keys)
+
+    for keys in (300, 400, 100):
+        key = torch.zeros(1, 1, keys, 1)
+        assert step(key, torch.tensor(20)) == min(keys, 204)
+        assert step(key, keys // 2) == min(keys // 2 + 1, 204)
+
+
 @pytest.mark.parametrize("module", [decode_plan, support_decode])
 def test_planning_imports_no_triton(module) -> None:
     names = imported(Path(module.__file__))

@@ -395,6 +395,37 @@ def test_refused_calls_raise() -> None:
             triton_sparq(*wrong, **options)
 
 
+@in_kernel
+@pytest.mark.parametrize("kv_heads", [32, 8])
+def test_kernels_compile_at_powers_of_two(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a cache grows nothing is compiled between one power of two and the next."""
+    from hf_attn_plugin.ops.triton import sparq_launch
+    from hf_attn_plugin.ops.triton.sparq_launch import Layout, Settings
+
+    monkeypatch.setattr(sparq_launch, "_sm_count", lambda device: 132)
+    settings = Settings(32, 128, 32, 0, None, None, 0.1, None)
+    bfloat16 = torch.bfloat16
+
+    def kernels(length: int) -> int:
+        room = -(-length // 4096) * 4096
+        rows = Layout((1, kv_heads, length, 128), (0, room * 128, 128, 1), bfloat16, True)
+        told = {
+            "query": Layout((1, 32, 1, 128), (4096, 128, 128, 1), bfloat16, True),
+            "keys": rows,
+            "values": rows,
+            "keys_t": Layout((1, kv_heads, 128, length), (0, room * 128, room, 1), bfloat16, True),
+            "stop": Layout((1,), (1,), torch.int64, True),
+        }
+        sparq_launch._prepare(torch.device(DEVICE), tuple(told.items()), settings, None)
+        return sparq_launch._compiled.cache_info().currsize
+
+    for power in range(9, 17):
+        first = kernels(2**power + 1)
+        lengths = random.Random(power).sample(range(2**power + 1, 2 ** (power + 1)), 40)
+        assert {kernels(length) for length in lengths} == {first}
+    assert kernels(2**17 + 1) > first
+
+
 def test_what_is_refused() -> None:
     call = {
         "device_type": "cuda",

@@ -125,22 +125,33 @@ def test_equal_bits(kv_heads: int) -> None:
 
 
 def test_nothing_compiles_as_a_cache_grows() -> None:
+    from hf_attn_plugin.ops.triton import sparq_attend, sparq_scores
     from hf_attn_plugin.ops.triton.sparq_launch import _compiled
+
+    kernels = (sparq_scores.score_kernel, sparq_scores.sum_kernel, sparq_attend.attend_kernel)
+
+    def compiled() -> list[int]:
+        """By our count, and Triton's own of each kernel."""
+        own = [sum(len(kept[0]) for kept in k.device_caches.values()) for k in kernels]
+        return [_compiled.cache_info().currsize, *own]
 
     torch.manual_seed(0)
     step = real_step(8)
     run(step, **OPTIONS)
-    before = _compiled.cache_info().currsize
+    before = compiled()
+    assert all(before)
     for length in range(19000, 19300, 50):  # no multiple of what alignment is told by, among others
         shorter = dataclasses.replace(
             step,
             keys=step.keys[:, :, :length],
             values=step.values[:, :, :length],
             components=FullComponents(step.components.keys_t[..., :length]),
-            stop=step.stop.clamp(max=length),
+            stop=step.stop.clamp(max=length),  # which may lie at another alignment
         )
         run(shorter, **OPTIONS)
-    assert _compiled.cache_info().currsize == before
+    assert compiled() == before
+    run(step, **{**OPTIONS, "top_k": 100})  # the control: other kernels
+    assert compiled() != before
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
