@@ -428,7 +428,7 @@ def test_the_page_is_made_from_what_is_kept(tmp_path: Path, capsys: Any) -> None
     generated.add(generation.GenerationRow(4, 1, 99, "sdpa, dynamic cache", "error", "X"))
     status = decode.run(tmp_path, command="x", parts=["page"], scores=SCORES, say=lambda line: None)
     assert status == 0
-    assert "on 1 x 99: error: X" in (tmp_path / "generation.md").read_text()
+    assert "sdpa, dynamic cache: error: X (1 x 99)" in (tmp_path / "generation.md").read_text()
     page = (tmp_path / "sparq.md").read_text()
     for picture in ("sparq_time.png", "sparq_quality.png"):
         assert (tmp_path / picture).stat().st_size > 10_000

@@ -97,7 +97,7 @@ class GenerationRow:
         tokens: Of each prompt.
         contender: Its name.
         status: ok, FAILED numerics, missing or error.
-        detail: What is wrong, where the status is not ok.
+        detail: What is wrong, where the status is not ok; else what to know of the numbers.
         stamp: Device and versions that the numbers hold for.
         step_ms: Median milliseconds from a token to the next.
         peak_gib: Most memory allocated while decoding; weights and cache are in it.
@@ -219,7 +219,7 @@ class GenerationBench:
                 torch._dynamo.reset()
                 free(self.device)
                 self.results.add(done)
-            number = done.detail or f"{done.step_ms:.2f} ms per step"
+            number = done.detail if done.step_ms is None else f"{done.step_ms:.2f} ms per step"
             self.say(f"B={batch}, {tokens} tokens: {contender.name}: {done.status} {number}")
             rows.append(done)
         return rows
@@ -460,12 +460,13 @@ def table(rows: Sequence[GenerationRow]) -> tuple[list[str], list[list[str]]]:
 
 
 def notes(rows: Sequence[GenerationRow]) -> list[str]:
-    """A line for everything without numbers."""
-    return [
-        f"{row.contender} on {row.batch} x {row.tokens}: {row.status}: {row.detail}"
-        for row in rows
-        if row.step_ms is None
-    ]
+    """A line for everything that has no numbers, or whose numbers need a word."""
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        if row.step_ms is None or row.detail:
+            text = f"{row.contender}: {row.status}: {row.detail}"
+            said.setdefault(text, []).append(f"{row.batch} x {row.tokens}")
+    return [f"{text} ({', '.join(prompts)})" for text, prompts in said.items()]
 
 
 def _lacks(attention: str) -> str | None:

@@ -94,11 +94,8 @@ class SequenceParallelTrainerMixin(_Base):
             self._check_options()
 
     def _check_options(self) -> None:
-        from hf_attn_plugin.verification import VerifyCallback
-
-        if any(
-            isinstance(callback, VerifyCallback) for callback in self.callback_handler.callbacks
-        ):
+        # By name: verification stands above this part of the package.
+        if "VerifyCallback" in (type(item).__name__ for item in self.callback_handler.callbacks):
             raise ValueError(
                 "VerifyCallback compares attention over whole rows, which no process has here: run "
                 "it with sequence_parallel_size=1 first, on short rows"
