@@ -45,6 +45,7 @@ _CHUNK = 2048  # tokens whose logits are in memory at a time
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _LONG_STEP = 10.0  # seconds; one timed step is enough then
 _TIMES_ALLOWED = 2.0
+_MOST = 0.1  # of the gradients' norm: a larger error would hide anything
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class StepRow:
         tokens: In the step, of all ranks together.
         ranks: GPUs that share them.
         status: ok, FAILED numerics, or error.
-        detail: What is wrong, where the status is not ok.
+        detail: What is wrong, where the status is not ok; else what is to be known of the numbers.
         stamp: Devices and versions that the numbers hold for.
         seconds: Of a step; the median where there is more than one.
         peak_gib: Most memory allocated on a rank, weights included.
@@ -158,6 +159,9 @@ def _row(team: Team, clock: Clock, shape: Shape, row: StepRow) -> StepRow:
     error, single = gradient_errors(team, shape, TINY_TOKENS if tiny else _CHECKED, dtype)
     row = dataclasses.replace(row, error=error, single_error=single)
     free(team.device)
+    if single > _MOST:
+        detail = f"one GPU's own error is {single:.2e}: nothing can be said of the ranks'"
+        return dataclasses.replace(row, status=WRONG, detail=detail)
     allowed = _TIMES_ALLOWED * single + torch.finfo(dtype).eps
     if not error <= allowed:
         detail = f"gradients: error {error:.2e}, allowed are {allowed:.2e}"
@@ -222,7 +226,8 @@ class _LoRA:
         from peft import LoraConfig, get_peft_model
 
         self.base: Any = build(shape, attention, layers, tokens, device)
-        self.base = self.base.to(dtype)
+        if dtype != torch.bfloat16:  # it is, and frequencies of RoPE are to stay in float32
+            self.base = self.base.to(dtype)
         options = {"use_reentrant": False}
         self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         lora = LoraConfig(
@@ -393,8 +398,10 @@ def step_table(rows: Sequence[StepRow]) -> tuple[list[str], list[list[str]]]:
                 f"{row.peak_gib:.1f}",
                 f"{row.sent_gib:.2f}",
                 f"{row.loss:.3f}",
-                f"{row.error:.2e}",
-                f"{row.single_error:.2e}",
+                *(
+                    "-" if error is None else f"{error:.2e}"
+                    for error in (row.error, row.single_error)
+                ),
             ]
         )
     return header, cells
@@ -408,7 +415,7 @@ def step_notes(rows: Sequence[StepRow]) -> list[str]:
     for row in rows:
         if row.accelerate:
             notes.append(f"{row.model}: accelerate's context parallelism {row.accelerate}")
-        if row.seconds is None:
+        if row.detail:
             notes.append(f"{row.model}: {row.status}: {row.detail}")
     return notes
 

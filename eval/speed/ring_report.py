@@ -279,8 +279,10 @@ def draw_timelines(kept: Mapping[str, Mapping[str, Timeline]], path: Path) -> Pa
     figure = Figure(figsize=(3.8 * len(kept) + 0.8, 1.25 * len(names) + 0.8), layout="constrained")
     axes = figure.subplots(len(names), len(kept), squeeze=False, sharex="col")
     for column, (title, lanes) in zip(axes.T, kept.items(), strict=True):
-        column[0].set_title(title, fontsize=10, loc="left")
-        column[-1].set_xlabel("ms")
+        column[0].set_title(f"{title}\n", fontsize=10, loc="left")
+        lowest = max(index for index, name in enumerate(names) if name in lanes)
+        column[lowest].set_xlabel("ms")
+        column[lowest].tick_params(labelbottom=True)
         for axis, name in zip(column, names, strict=True):
             timeline = lanes.get(name)
             if timeline is None:

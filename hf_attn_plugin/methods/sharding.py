@@ -72,6 +72,8 @@ class WholeRows:
         documents: int64 ``[batch or 1, length]``, packed documents; None for one per row.
         both_ways: Whether layers that look in both directions keep them apart too. They do where
             lengths told them; positions tell nothing to an encoder.
+        named: Whether the batch names tokens of its own (``global_attention_mask``). Methods keep
+            them with the pattern, which then must end with the batch.
     """
 
     length: int
@@ -79,6 +81,7 @@ class WholeRows:
     appended: int = 0
     documents: Tensor | None = None
     both_ways: bool = False
+    named: bool = False
     _patterns: dict[Any, Pattern] = dataclasses.field(default_factory=dict, repr=False)
 
     def pattern(
@@ -98,7 +101,8 @@ class WholeRows:
         if valid is None and documents is None and self.appended and not causal:
             # Elsewhere nothing before the appended tokens sees them.
             valid = (torch.arange(self.length, device=device) < self.length - self.appended)[None]
-        whole = _plain(self.length, causal, band)
+        plain = _plain.__wrapped__ if self.named else _plain
+        whole = plain(self.length, causal, band)
         if valid is not None or documents is not None:
             whole = whole.replace(
                 key_valid=valid, q_documents=documents, kv_documents=documents

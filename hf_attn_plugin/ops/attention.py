@@ -18,7 +18,7 @@ from hf_attn_plugin.ops.backend import (
     installed_packages,
 )
 from hf_attn_plugin.ops.call import Call
-from hf_attn_plugin.ops.checks import check_tensors
+from hf_attn_plugin.ops.checks import check_softmax, check_tensors
 from hf_attn_plugin.ops.reference import reference_attention
 from hf_attn_plugin.ops.torch.blocked import blocked_attention
 from hf_attn_plugin.ops.vendors.cudnn import cudnn_attention
@@ -93,8 +93,7 @@ def _attention(
     sinks: Tensor | None,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"attention: softcap must be above 0, or None for none; got {softcap}.")
+    check_softmax("attention", query, softcap, sinks)
     needs_grad = torch.is_grad_enabled() and (
         query.requires_grad
         or key.requires_grad
@@ -107,7 +106,7 @@ def _attention(
     )
 
     def examine() -> Choice:
-        _check(query, key, value, pattern, sinks)
+        check_tensors("attention", query, key, value, pattern)
         call = Call(
             batch=query.shape[0],
             heads=query.shape[1],
@@ -224,19 +223,3 @@ def _dense_mask(pattern: Pattern, query: Tensor) -> tuple[Tensor, Tensor | None]
     if not bool(empty.any()):
         return mask, None
     return mask | empty, empty
-
-
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, sinks: Tensor | None
-) -> None:
-    check_tensors("attention", query, key, value, pattern)
-    if pattern.dense is not None and pattern.dense.shape[1] not in (1, query.shape[1]):
-        raise ValueError(
-            f"attention: the pattern's dense mask must have 1 or {query.shape[1]} heads, one per "
-            f"query head; got {pattern.dense.shape[1]}."
-        )
-    if sinks is not None and sinks.numel() != query.shape[1]:
-        raise ValueError(
-            f"attention: sinks must hold one logit per query head, {query.shape[1]}; "
-            f"got {tuple(sinks.shape)}."
-        )

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from hf_attn_plugin.ops.checks import check_softmax, check_tensors
 from hf_attn_plugin.parallel.choice import Shapes, Way, choose_way
 from hf_attn_plugin.parallel.gather import gather_attention, some_heads
 from hf_attn_plugin.parallel.ring import ring_attention
@@ -68,7 +69,10 @@ def sharded_attention(
     Raises:
         ValueError: Tensors, pattern and layout do not fit together, or heads cannot be exchanged.
     """
-    _check(query, key, pattern, shard)
+    _check(query, key, value, pattern, shard)
+    check_softmax("sharded_attention", query, softcap, sinks)
+    if sinks is not None:
+        sinks = sinks.reshape(-1)
     schedule = shard.schedule
     if schedule is None:
         way = _way(query, key, value, pattern, shard)
@@ -84,7 +88,7 @@ def sharded_attention(
     query, key, value, wide = heads_for_tokens(query, key, value, shard)
     pattern = some_heads(pattern, own)
     if sinks is not None:
-        sinks = sinks.reshape(-1)[own.start : own.stop]
+        sinks = sinks[own.start : own.stop]
     if shard.inner.layout.ranks == 1:
         keep = None if wide is None else wide.keep
         output = attend(query, key, value, pattern, scaling, softcap, sinks, keep)
@@ -105,13 +109,13 @@ def _way(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, shard: Sha
         itemsize=query.element_size(),
     )
     ulysses = None if shard.ulysses == 1 else shard.ulysses
-    return choose_way(pattern, shard.layout, shapes, ulysses=ulysses)
+    return choose_way(pattern, shard.layout, shapes, ulysses=ulysses, memory=shard.memory)
 
 
 _SCHEDULES: dict[str, _Schedule] = {"gather": gather_attention, "ring": ring_attention}
 
 
-def _check(query: Tensor, key: Tensor, pattern: Pattern, shard: Shard) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, shard: Shard) -> None:
     layout = shard.layout
     if (pattern.q_len, pattern.kv_len) != (layout.length, layout.length):
         raise ValueError(
@@ -123,3 +127,4 @@ def _check(query: Tensor, key: Tensor, pattern: Pattern, shard: Shard) -> None:
             f"sharded_attention: each of {layout.ranks} ranks holds {layout.share} of "
             f"{layout.length} tokens; got query {tuple(query.shape)}, key {tuple(key.shape)}."
         )
+    check_tensors("sharded_attention", query, key, value, pattern, layout.ranks)

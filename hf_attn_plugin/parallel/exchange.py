@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugin.parallel.groups import transfer_group
+from hf_attn_plugin.parallel.layout import concatenate
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -67,7 +68,7 @@ def start_exchange(group: ProcessGroup | None, sends: Moves, receives: Moves) ->
     where = transfer_group(group, (sends or receives)[0][1].device)
     operations, held, packed = [], [], []
     for peer, tensors in _messages(sends):
-        message = tensors[0] if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
+        message = tensors[0] if len(tensors) == 1 else concatenate([t.reshape(-1) for t in tensors])
         operations.append(dist.P2POp(dist.isend, message, group=where, group_peer=peer))
         held.append(message)
     for peer, tensors in _messages(receives):

@@ -34,6 +34,16 @@ def prepare(group: ProcessGroup | None, ulysses: int) -> None:
         subgroups(whole, ulysses)
 
 
+def place_in(group: ProcessGroup | None) -> tuple[int, int] | None:
+    """This process' rank in a group, and the group's size; None where no processes are set up."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    whole = _given(group)
+    return dist.get_rank(whole), dist.get_world_size(whole)
+
+
 def transfer_group(group: ProcessGroup | None, device: torch.device) -> ProcessGroup:
     """The group through which the ranks of ``group`` exchange tensors of a device: the same ranks.
 

@@ -110,7 +110,7 @@ class Layout:
         """The tokens of a rank out of the whole sequence; a view where they are one run."""
         self._check(tensor, dim, self.length)
         parts = [tensor.narrow(dim, run.start, len(run)) for run in self.runs(rank)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        return parts[0] if len(parts) == 1 else concatenate(parts, dim)
 
     def join(self, parts: Sequence[Tensor], dim: int = 1) -> Tensor:
         """The whole sequence, out of what every rank holds: the inverse of `take`."""
@@ -123,7 +123,7 @@ class Layout:
                 own = self.local(rank, run)
                 placed.append((run.start, part.narrow(dim, own.start, len(own))))
         placed.sort(key=lambda entry: entry[0])
-        return torch.cat([part for _, part in placed], dim)
+        return concatenate([part for _, part in placed], dim)
 
     def grouped(self, size: int) -> Layout:
         """The layout of groups of ``size`` neighbouring ranks, each holding what its ranks hold."""
@@ -144,6 +144,15 @@ class Layout:
             raise ValueError(
                 f"Layout: dimension {dim} must have {length} tokens, got {tuple(tensor.shape)}."
             )
+
+
+def concatenate(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """`torch.cat`, which autocast would give another dtype or refuse."""
+    kind = tensors[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return torch.cat(tensors, dim)
+    with torch.autocast(kind, enabled=False):
+        return torch.cat(tensors, dim)
 
 
 def padded_length(length: int, ranks: int, chunks: int, multiple: int = 1) -> int:

@@ -20,7 +20,7 @@ from hf_attn_plugin.ops.linear_backend import LinearBackend
 from hf_attn_plugin.ops.linear_state import LinearState
 from hf_attn_plugin.ops.torch.linear_features import FeatureMap
 from hf_attn_plugin.parallel.exchange import start_exchange
-from hf_attn_plugin.parallel.layout import Layout
+from hf_attn_plugin.parallel.layout import Layout, concatenate
 from hf_attn_plugin.parallel.shard import Shard
 from hf_attn_plugin.patterns import Pattern
 from hf_attn_plugin.patterns.part import part
@@ -84,7 +84,8 @@ def ring_linear_attention(
         _, state = linear_attention(q[:, :, -1:], k, v, last, **options)
         assert state is not None
         states[unit] = state
-    query, states = _exchange(query, states, _like(key, value, feature_map), links, shard)
+    like = _like(key, value, feature_map)
+    query, states = _exchange(query, key, value, states, like, links, shard)
     outputs: dict[int | None, list[Tensor]] = {}
     for unit in own:
         q, k, v = _cut(unit, shard, query, key, value)
@@ -93,9 +94,10 @@ def ring_linear_attention(
         output, _ = linear_attention(q, k, v, whole, state=state, **options)
         outputs.setdefault(unit.row, []).append(output)
     rows = [
-        torch.cat(outputs[row], 2) if len(outputs[row]) > 1 else outputs[row][0] for row in outputs
+        concatenate(outputs[row], 2) if len(outputs[row]) > 1 else outputs[row][0]
+        for row in outputs
     ]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    return rows[0] if len(rows) == 1 else concatenate(rows)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, layout: Layout) -> None:
@@ -254,13 +256,19 @@ def _like(key: Tensor, value: Tensor, feature_map: FeatureMap) -> _Like:
 
 
 def _exchange(
-    query: Tensor, states: dict[_Unit, LinearState], like: _Like, links: _Links, shard: Shard
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    states: dict[_Unit, LinearState],
+    like: _Like,
+    links: _Links,
+    shard: Shard,
 ) -> tuple[Tensor, dict[_Unit, LinearState]]:
     """The query as it is, and this rank's states with those that it needs of others."""
     scales = {unit: state.log_scale for unit, state in states.items()}
     sums = [state.sums for state in states.values()]
     call = _Call(scales, like, links, shard)
-    query, *received = _ExchangeSums.apply(query, call, *sums)
+    query, *received = _ExchangeSums.apply(query, key, value, call, *sums)
     found = dict(states)
     for (_, unit), tensor in zip(call.incoming, received, strict=True):
         found[unit] = LinearState(tensor, scales[unit], like.feature_map)
@@ -310,11 +318,15 @@ class _ExchangeSums(torch.autograd.Function):
     """States to the ranks that need them; their gradients back, added in the order of ranks.
 
     The query passes through, so that every rank comes by here on its way back: also one that has
-    received nothing, and whose states others have used.
+    received nothing, and whose states others have used. Keys and values come along for the case
+    that the query needs no gradient: then a rank without states of its own would not come by, and
+    the others would wait for its part.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, call: _Call, *sums: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: _Call, *sums: Tensor
+    ) -> tuple[Tensor, ...]:
         own = dict(zip(call.scales, sums, strict=True))
         sends = [
             (rank, tensor.contiguous())
@@ -347,7 +359,7 @@ class _ExchangeSums(torch.autograd.Function):
         totals: dict[_Unit, Tensor] = {}
         for _, unit, tensor in received:
             totals[unit] = tensor if unit not in totals else totals[unit] + tensor
-        return grad_query, None, *(totals.get(unit) for unit in ctx.own)
+        return grad_query, None, None, None, *(totals.get(unit) for unit in ctx.own)
 
 
 def _sum(states: dict[_Unit, LinearState], reads: dict[_Unit, Tensor | None]) -> LinearState | None:

@@ -94,8 +94,8 @@ def _rectangles(pattern: Pattern, chunk: int) -> Rectangles:
     if not pattern.q_len or not pattern.kv_len:
         nothing = np.zeros(0, np.int64)
         return Rectangles(nothing, nothing, nothing, nothing, 1)
-    host = pattern.derive("on the host", lambda: pattern.to("cpu"))
-    intervals = host.derive("query intervals", lambda: query_intervals(host, "cpu"))
+    host = pattern.to("cpu")  # which may be the pattern: kept with itself it would never be freed
+    intervals = pattern.derive("host's intervals", lambda: query_intervals(host, "cpu"))
     found = _of_blocks(host, chunk) if intervals is None else _of_runs(intervals, chunk)
     return found.by_query()
 

@@ -6,7 +6,8 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
-from hf_attn_plugin.parallel.groups import prepare, subgroups
+from hf_attn_plugin.parallel.choice import MEMORY
+from hf_attn_plugin.parallel.groups import place_in, prepare, subgroups
 from hf_attn_plugin.parallel.layout import Layout
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Shard:
             (`choice.choose_way`).
         head_groups: Into how many groups "gather" splits the KV heads, so that one group's keys
             travel while another's are computed with. None: by how much there is to send.
+        memory: Bytes of the smallest GPU among the ranks, for the choice of a schedule. The same
+            number on all of them.
     """
 
     layout: Layout
@@ -40,6 +43,7 @@ class Shard:
     ulysses: int = 1
     schedule: str | None = None
     head_groups: int | None = None
+    memory: float = MEMORY
     # One cell for this shard and its inner one.
     _sent: list[int] = dataclasses.field(default_factory=lambda: [0], repr=False)
 
@@ -62,6 +66,12 @@ class Shard:
                 f"ulysses={self.ulysses} say 'gather' or 'ring', which brings the groups together."
             )
         if ranks > 1:
+            place = place_in(self.group)
+            if place not in (None, (self.rank, ranks)):
+                raise ValueError(
+                    f"Shard: rank {self.rank} of a layout of {ranks} ranks does not fit this "
+                    f"process, which (rank, ranks of its group) is {place}."
+                )
             prepare(self.group, self.ulysses)
 
     @property

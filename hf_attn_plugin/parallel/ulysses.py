@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugin.parallel.exchange import start_exchange
+from hf_attn_plugin.parallel.layout import concatenate
 from hf_attn_plugin.parallel.shard import Shard
 
 
@@ -174,7 +175,7 @@ def _to_tokens(
         for peer, share in enumerate(shares):
             if peer == own:
                 mine = [whole[run.start : run.stop] for run in layout.runs(own)]
-                arrived.append(mine[0] if len(mine) == 1 else torch.cat(mine))
+                arrived.append(mine[0] if len(mine) == 1 else concatenate(mine))
                 continue
             shape = (layout.share, *whole.shape[1:2], len(share), whole.shape[3])
             incoming = whole.new_empty(shape)
@@ -195,7 +196,7 @@ def _to_tokens(
 def _all_heads(arrived: list[Tensor], shares: tuple[range, ...], total: int) -> Tensor:
     """``[tokens, batch, some heads, dim]`` of every rank as ``[batch, all heads, tokens, dim]``."""
     if len(shares) * len(shares[0]) == total:
-        return torch.cat(arrived, dim=2).permute(1, 2, 0, 3)
+        return concatenate(arrived, dim=2).permute(1, 2, 0, 3)
     wide = torch.float64 if arrived[0].dtype == torch.float64 else torch.float32
     by_head = [
         sum(
@@ -204,7 +205,7 @@ def _all_heads(arrived: list[Tensor], shares: tuple[range, ...], total: int) -> 
         )
         for head in range(total)
     ]
-    return torch.cat(by_head, dim=2).to(arrived[0].dtype).permute(1, 2, 0, 3)
+    return concatenate(by_head, dim=2).to(arrived[0].dtype).permute(1, 2, 0, 3)
 
 
 def _exchange(

@@ -63,6 +63,17 @@ def agree(
     return value
 
 
+def least(group: ProcessGroup | None, number: int, timeout: datetime.timedelta) -> int:
+    """The smallest of the ranks' numbers, on every rank.
+
+    Raises:
+        TimeoutError: See `exchange`.
+    """
+    if group is None:
+        return number
+    return min(map(int, exchange(group, str(number), str(number), timeout)))
+
+
 def _compare(statements: list[dict[str, Any]]) -> None:
     first = statements[0]
     for rank, other in enumerate(statements):

@@ -184,6 +184,8 @@ def _check_shapes(tensors: dict[str, Tensor]) -> None:
             extra = ""
             if name == "attention_mask":
                 extra = " A mask of your own for every pair cannot be spread over ranks."
+            if name == "labels" and tensor.ndim == 1:
+                extra = " Labels of whole rows (sequence classification) cannot be spread either."
             raise ValueError(
                 f"sequence_parallel: {name} must be [{rows}, {length}] as the batch's tokens are; "
                 f"got {shape}.{extra}"

@@ -76,6 +76,11 @@ def check_model(model: nn.Module, base: PreTrainedModel, length: int) -> None:
             f"{who} attends from one sequence to another (cross-attention). Use a decoder such as "
             "Llama or an encoder such as BERT."
         )
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(model).__name__} puts virtual tokens before every sequence (prompt or prefix "
+            "tuning), and would do so on every rank. Use LoRA or another adapter of weights."
+        )
     kinds = recurrent_layers(text)
     if kinds:
         raise ValueError(
@@ -104,7 +109,7 @@ def check_model(model: nn.Module, base: PreTrainedModel, length: int) -> None:
 def computes_anew(model: nn.Module) -> bool:
     """Whether the backward pass computes parts of the forward pass again (checkpointing)."""
     return any(
-        getattr(module, "gradient_checkpointing", False)
+        (getattr(module, "gradient_checkpointing", False) and module.training)
         or type(module).__name__ == "CheckpointWrapper"
         for module in model.modules()
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_attn_plugin.methods.sharding import ShardedRows
 from hf_attn_plugin.parallel.shard import Shard
-from hf_attn_plugin.sequence_parallelism.agreement import agree, join_all
+from hf_attn_plugin.sequence_parallelism.agreement import agree, join_all, least
 from hf_attn_plugin.sequence_parallelism.batch import (
     IGNORED,
     WholeBatch,
@@ -34,7 +34,12 @@ from hf_attn_plugin.sequence_parallelism.gradients import average_gradients
 from hf_attn_plugin.sequence_parallelism.groups import find_group
 from hf_attn_plugin.sequence_parallelism.hanging import hung, whole_rotary
 from hf_attn_plugin.sequence_parallelism.losses import mean_of_ranks, sum_of_losses
-from hf_attn_plugin.sequence_parallelism.planning import Settings, plan_shard, whole_rows
+from hf_attn_plugin.sequence_parallelism.planning import (
+    Settings,
+    gpu_bytes,
+    plan_shard,
+    whole_rows,
+)
 from hf_attn_plugin.sequence_parallelism.rehearsal import Rehearsal, number, rehearse
 
 if TYPE_CHECKING:
@@ -42,7 +47,7 @@ if TYPE_CHECKING:
 
 _TIMEOUT = datetime.timedelta(minutes=10)
 # What was found of models, which does not change from batch to batch.
-_REHEARSALS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Rehearsal]]
+_REHEARSALS: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Rehearsal, int]]]
 _REHEARSALS = weakref.WeakKeyDictionary()
 
 
@@ -117,6 +122,8 @@ class SequenceParallel:
         ranks: How many they are.
         rank: This one.
         num_items: What the sum of all tokens' losses is divided by, 0-d; None without labels.
+        items_of_caller: The same where whoever calls the model passes a ``num_items_in_batch``,
+            as Trainer's own ``compute_loss`` does, which multiplies the loss by something in turn.
     """
 
     batch: dict[str, Any]
@@ -126,6 +133,7 @@ class SequenceParallel:
     ranks: int
     rank: int
     num_items: Tensor | None
+    items_of_caller: Tensor | int | None = None
 
     def __init__(
         self,
@@ -141,7 +149,7 @@ class SequenceParallel:
         self.ranks = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self._stack = contextlib.ExitStack()
-        self._unfinished: weakref.ref[Tensor] | None = None
+        self._unfinished: list[weakref.ref[Tensor]] = []
 
         def look() -> tuple[tuple[WholeBatch, Any, nn.Module], dict[str, Any]]:
             settings.check(self.ranks)
@@ -167,21 +175,27 @@ class SequenceParallel:
                 found = rehearse(inner, base.config, signature_of(base), whole)
                 return found, {"what a rehearsal of the model shows": repr(found)}
 
-            known[key] = agree(group, try_out, timeout)
-        self._rehearsal = known[key]
+            found = agree(group, try_out, timeout)
+            known[key] = found, least(group, gpu_bytes(whole.tokens.device), timeout)
+        self._rehearsal, memory = known[key]
         join_all(group, whole.tokens.device)
-        self._model = inner
+        self._model, self._base, self._print = inner, base, fingerprint(base)
         self._length = whole.length
-        self._spread(whole, base, settings)
+        self._spread(whole, base, settings, memory)
 
-    def _spread(self, whole: WholeBatch, base: Any, settings: Settings) -> None:
+    def _spread(self, whole: WholeBatch, base: Any, settings: Settings, memory: int) -> None:
         found, config = self._rehearsal, base.config
         rows = whole_rows(whole, config, self.ranks)
-        choice = plan_shard(whole, rows, found, self.ranks, settings)
+        choice = plan_shard(whole, rows, found, self.ranks, settings, memory)
         layout = choice.layout
         self.reason = choice.reason
         self.shard = Shard(
-            layout, self.rank, self.group, ulysses=choice.ulysses, schedule=choice.schedule
+            layout,
+            self.rank,
+            self.group,
+            ulysses=choice.ulysses,
+            schedule=choice.schedule,
+            memory=memory,
         )
         self._rows = ShardedRows(self.shard, rows)
         count = rows.appended
@@ -199,6 +213,7 @@ class SequenceParallel:
         loss = self._rehearsal.loss
         targets = whole.targets(shifted=loss != "same") if loss else None
         self._targets: Tensor | None = None
+        self._items: Tensor | int | None = None
         self.num_items = None
         if targets is None:
             return
@@ -209,7 +224,6 @@ class SequenceParallel:
         self._targets = self.shard.layout.take(targets, self.rank).contiguous()
         if loss == "own":
             self.batch["labels"] = self.batch["shift_labels"] = self._targets
-            # A plain number: FSDP would cast a tensor to the model's 16 bits.
             self.batch["num_items_in_batch"] = float(self.num_items) / self.ranks
 
     def __enter__(self) -> SequenceParallel:
@@ -233,7 +247,7 @@ class SequenceParallel:
         trace: types.TracebackType | None,
     ) -> None:
         self._stack.close()
-        waiting = self._unfinished is not None and self._unfinished() is not None
+        waiting = any(result() is not None for result in self._unfinished)
         if kind is None and waiting and computes_anew(self._model):
             raise ValueError(
                 "sequence_parallel: the block ends after a forward pass whose backward pass has "
@@ -245,39 +259,78 @@ class SequenceParallel:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What a caller adds (Trainer does) is the number of one rank's tokens, or of none."""
-        kwargs = {k: v for k, v in kwargs.items() if k != "num_items_in_batch"}
-        if "num_items_in_batch" in self.batch:
-            kwargs["num_items_in_batch"] = self.batch["num_items_in_batch"]
+        """Refuse a call of anything but the batch.
+
+        The number of items that a caller adds (Trainer does) is one rank's, or nobody's.
+        """
+        self._check_call(args, kwargs)
+        kwargs = dict(kwargs)
+        given = kwargs.pop("num_items_in_batch", None) is not None
+        self._items = self.items_of_caller if given else None
+        if self._items is None:
+            self._items = self.num_items
+        if self._items is not None and "num_items_in_batch" in self.batch:
+            # A plain number: FSDP would cast a tensor to the model's 16 bits.
+            kwargs["num_items_in_batch"] = float(self._items) / self.ranks
         return args, kwargs
+
+    def _check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Without these the model would compute something else, and say nothing."""
+        own = " Call the model with the shard's batch: model(**shard.batch)."
+        if len(args) > 1:
+            raise ValueError("Inside sequence_parallel arguments go by name." + own)
+        if fingerprint(self._base) != self._print:
+            raise ValueError(
+                "The model's attention was changed inside sequence_parallel: it was "
+                f"{self._print!r} and is {fingerprint(self._base)!r}. Change it before the block."
+            )
+        if kwargs.get("return_dict") is False:
+            raise ValueError(
+                "Inside sequence_parallel the loss is put into the model's output by name, and "
+                "return_dict=False makes it a tuple. Leave that out."
+            )
+        if "position_ids" in self.batch and kwargs.get("position_ids") is None:
+            raise ValueError(
+                "Inside sequence_parallel a model that is given no position_ids would number the "
+                "tokens of this rank as if they were a sequence." + own
+            )
+        late = [n for n in ("attention_mask", "labels") if kwargs.get(n) is not None]
+        for name in late:
+            if name == "attention_mask" or self._targets is None:
+                raise ValueError(
+                    f"Inside sequence_parallel the model is given {name} for this rank's tokens, "
+                    f"of which the other ranks know nothing. Put {name} of the whole rows into the "
+                    "batch that sequence_parallel gets." + own
+                )
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The loss of all ranks in the place of this rank's."""
         if getattr(output, "pooler_output", None) is not None:
             output = _replaced(output, pooler_output=None)  # of a token that one rank holds
-        if self._targets is None or self.num_items is None:
-            self._watch(next(t for t in output.values() if isinstance(t, Tensor)))
+        first = next(t for t in output.values() if isinstance(t, Tensor))
+        if self._targets is None or self._items is None:
+            self._watch(first)
             return output
         loss = getattr(output, "loss", None)
         if self._rehearsal.loss != "own":
             total = sum_of_losses(output.logits, self._targets)
-            loss = total / (self.num_items / self.ranks)
+            loss = total / (self._items / self.ranks)
         if loss is None:  # the loop left the labels out, and computes a loss by itself
-            self._watch(next(t for t in output.values() if isinstance(t, Tensor)))
+            self._watch(first)
             return output
         loss = mean_of_ranks(loss, self.group)
-        self._watch(loss)
+        self._watch(loss, output.logits)  # a loop may compute a loss by itself all the same
         return _replaced(output, loss=loss)
 
-    def _watch(self, result: Tensor) -> None:
+    def _watch(self, *results: Tensor) -> None:
         """Remember what backward begins with, until it does."""
-        if not result.requires_grad:
-            return
-        self._unfinished = weakref.ref(result)
-        result.register_hook(self._finish)
+        wanted = [result for result in results if result.requires_grad]
+        self._unfinished = [weakref.ref(result) for result in wanted]
+        for result in wanted:
+            result.register_hook(self._finish)
 
     def _finish(self, grad: Tensor) -> None:
-        self._unfinished = None
+        self._unfinished = []
 
     def mean(self, values: Tensor, valid: Tensor | None = None) -> Tensor:
         """The mean of a number per token over all tokens of all ranks, for a loss of one's own.

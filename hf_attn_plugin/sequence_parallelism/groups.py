@@ -37,6 +37,8 @@ def find_group(where: Any) -> ProcessGroup | None:
         if dist.get_rank(where) < 0:
             raise ValueError("sequence_parallel: this process is not in the process group given.")
         return where
+    if where is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns there
+        raise ValueError("sequence_parallel: this process is not in the process group given.")
     if where is None or hasattr(where, "num_processes"):
         mesh = None if where is None else _mesh_of(where)
         if mesh is not None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
+
 from hf_attn_plugin.methods.sharding import WholeRows
-from hf_attn_plugin.parallel.choice import Choice, Shapes, choose, suggested_length
+from hf_attn_plugin.parallel.choice import MEMORY, Choice, Shapes, choose, suggested_length
 from hf_attn_plugin.parallel.layout import Layout
 from hf_attn_plugin.parallel.shard import SCHEDULES
 from hf_attn_plugin.patterns import Pattern
@@ -76,11 +78,17 @@ def whole_rows(whole: WholeBatch, config: Any, ranks: int) -> WholeRows:
         appended=count,
         documents=documents,
         both_ways=whole.lengths is not None,
+        named="global_attention_mask" in whole.tensors,
     )
 
 
 def plan_shard(
-    whole: WholeBatch, rows: WholeRows, found: Rehearsal, ranks: int, settings: Settings
+    whole: WholeBatch,
+    rows: WholeRows,
+    found: Rehearsal,
+    ranks: int,
+    settings: Settings,
+    memory: float,
 ) -> Choice:
     """The layout and the schedule with the least estimated time for all layers of the model.
 
@@ -90,6 +98,7 @@ def plan_shard(
         found: The model's layers.
         ranks: How many share each row.
         settings: What the caller asks for.
+        memory: Bytes of the smallest GPU among the ranks; the same number on all of them.
 
     Raises:
         ValueError: The model's heads do not fit what was asked for.
@@ -125,7 +134,15 @@ def plan_shard(
         schedule=settings.schedule,
         ulysses=ulysses,
         layout=layout,
+        memory=memory,
     )
+
+
+def gpu_bytes(device: torch.device) -> int:
+    """The memory of a GPU; of anything else, what the estimates are made for."""
+    if device.type != "cuda":
+        return int(MEMORY)
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def _pattern(kind: LayerKind, rows: WholeRows, whole: WholeBatch) -> Pattern:

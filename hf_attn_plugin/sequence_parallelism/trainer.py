@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from hf_attn_plugin.sequence_parallelism.context import SequenceParallel, sequence_parallel
@@ -68,6 +69,7 @@ class SequenceParallelTrainerMixin(_Base):
         shard: What `sequence_parallel` made of the last batch, for losses of one's own: in an
             overridden `compute_loss`, `inputs["shift_labels"]` are the targets of this process's
             tokens, and `self.shard.mean(losses, valid)` is the mean over all processes of the ring.
+            `model(**inputs).loss` is the mean over this batch, as in Trainer.
 
     Raises:
         ValueError: If the job's processes do not make up such rings, or an option of Trainer would
@@ -99,6 +101,11 @@ class SequenceParallelTrainerMixin(_Base):
             raise ValueError(
                 "VerifyCallback compares attention over whole rows, which no process has here: run "
                 "it with sequence_parallel_size=1 first, on short rows"
+            )
+        if self.args.torch_compile:
+            raise ValueError(
+                "torch_compile: attention over sequences that are spread over processes does not "
+                "run under torch.compile. Leave it out"
             )
         refused = {
             "label_smoothing_factor": self.label_smoother is not None,
@@ -173,12 +180,14 @@ class SequenceParallelTrainerMixin(_Base):
         if self.ring_mesh is None:
             return super()._prepare_context_parallel_inputs(model, inputs)
         inputs = self._prepare_inputs(inputs)
-        if self._targets is not None:
-            inputs = {**inputs, "num_items_in_batch": self._targets}
         whole = self.accelerator.unwrap_model(model)
         shard = sequence_parallel(self.ring_mesh[RING], whole, inputs, **self._ring_options)
         self.shard = shard
-        return lambda: shard, shard.batch
+        # Trainer's own compute_loss passes its count, and multiplies the loss afterwards. Another
+        # that calls the model with its inputs passes none: it gets the mean over this batch.
+        shard.items_of_caller = self._targets
+        local = {name: v for name, v in shard.batch.items() if name != "num_items_in_batch"}
+        return lambda: shard, local
 
     # ---- counts ----
 
@@ -229,14 +238,19 @@ class SequenceParallelTrainerMixin(_Base):
                     model, local, prediction_loss_only, ignore_keys
                 )
         if logits is not None and self.shard is not None:
-            length = self.shard.batch["input_ids"].shape[1]
-            logits = _together(logits, length, self.shard.gather)
+            logits = _together(logits, self.shard.shard.layout.share, self.shard.gather)
         return loss, logits, labels
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, with one process per ring taking part in the metrics."""
         if self.ring_mesh is None:
             return super().evaluation_loop(*args, **kwargs)
+        loader = args[0] if args else kwargs["dataloader"]
+        if isinstance(getattr(loader, "dataset", None), IterableDataset):
+            raise ValueError(
+                "evaluation over an iterable data set: its last batch would be filled up with rows "
+                "that count twice. Give a data set with a length, such as datasets.Dataset"
+            )
         keep_all = self.gather_function == self.accelerator.gather
         self.gather_function = self._gather_all if keep_all else self._gather_for_metrics
         with self._watched():

@@ -165,6 +165,35 @@ def test_errors_are_seen() -> None:
     assert found["output"] > 0.01
 
 
+def with_some_gradients(rank: int, needed: str) -> list[torch.Tensor | None]:
+    """On the last rank nothing that others sum up, and a query that may need no gradient."""
+    case = Case("causal", chunks=1)
+    shard = make_shard(case, rank, 2)
+    tensors = case.tensors()
+    grad = shard.layout.take(tensors.pop("grad"), rank, dim=2)
+    parts = {n: shard.layout.take(t, rank, dim=2).detach() for n, t in tensors.items()}
+    for name, tensor in parts.items():
+        tensor.requires_grad_(name in needed)
+    output = ring_linear_attention(*parts.values(), case.pattern(), shard, scaling=0.3)
+    output.backward(grad)
+    return [tensor.grad for tensor in parts.values()]
+
+
+@pytest.mark.parametrize("needed", ["value", "key value", "query"])
+def test_gradients_of_some_inputs_alone(needed: str) -> None:
+    """As of adapters on some projections of the first layer; nobody waits for ever."""
+    case = Case("causal", chunks=1)
+    expected = alone(case, "elu")
+    results = run_processes(with_some_gradients, 2, needed, limit_s=20.0)
+    for place, name in enumerate(("query", "key", "value")):
+        grads = [result[place] for result in results]
+        if name not in needed:
+            assert grads == [None, None]
+            continue
+        whole = Layout.contiguous(case.length, 2).join(grads, dim=2)
+        torch.testing.assert_close(whole, expected[name], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("terms", "said"),
     [

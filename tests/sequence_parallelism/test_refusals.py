@@ -66,6 +66,50 @@ def test_a_backward_pass_outside_is_noticed_where_it_would_compute_anew() -> Non
     with hf_attn_plugin.sequence_parallel(None, model, batch) as shard:
         output = model(**shard.batch)
         output.loss.backward()
+    with hf_attn_plugin.sequence_parallel(None, model, batch) as shard:
+        output = model(**shard.batch)  # whose own loss lives on, and is not what is trained
+        shard.mean(output.logits.logsumexp(-1)).backward()
+    model.eval()  # nothing is computed anew
+    with hf_attn_plugin.sequence_parallel(None, model, batch) as shard:
+        output = model(**shard.batch)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda call: call.pop("position_ids"), "given no position_ids"),
+        (lambda call: call.update(attention_mask=torch.ones(1, 8)), "Put attention_mask of the"),
+        (lambda call: call.update(labels=call["input_ids"]), "Put labels of the whole rows"),
+        (lambda call: call.update(return_dict=False), "return_dict=False makes it a tuple"),
+    ],
+)
+def test_a_call_of_something_else_than_the_batch(change: Any, message: str) -> None:
+    model, batch = tiny_model("llama", "ring"), {"input_ids": random_ids(1, 8)}
+    with hf_attn_plugin.sequence_parallel(None, model, batch) as shard:
+        model(**shard.batch)
+        call = dict(shard.batch)
+        change(call)
+        with pytest.raises(ValueError, match=message):
+            model(**call)
+        with pytest.raises(ValueError, match="arguments go by name"):
+            model(call["input_ids"], None)
+
+
+def test_attention_that_changes_inside() -> None:
+    model, batch = tiny_model("llama", "ring"), {"input_ids": random_ids(1, 8)}
+    with hf_attn_plugin.sequence_parallel(None, model, batch) as shard:
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(ValueError, match="was changed inside sequence_parallel"):
+            model(**shard.batch)
+
+
+def test_virtual_tokens_are_refused() -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = get_peft_model(tiny_model("llama", "ring"), config)
+    with pytest.raises(ValueError, match="virtual tokens before every sequence"):
+        hf_attn_plugin.sequence_parallel(None, model, {"input_ids": random_ids(1, 8)})
 
 
 @pytest.mark.parametrize(
@@ -73,6 +117,7 @@ def test_a_backward_pass_outside_is_noticed_where_it_would_compute_anew() -> Non
     [
         ({"input_ids": None}, "must hold input_ids or inputs_embeds"),
         ({"labels": torch.zeros(1, 7, dtype=torch.long)}, r"labels must be \[1, 8\]"),
+        ({"labels": torch.zeros(1, dtype=torch.long)}, "sequence classification"),
         ({"position_ids": torch.zeros(3, 8, dtype=torch.long)}, r"position_ids must be \[1, 8\]"),
         ({"cu_seq_lens_q": torch.tensor([0, 8])}, "belong together"),
         (

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from torch.utils.data import IterableDataset
 
 from hf_attn_plugin.sequence_parallelism.mesh import check_ring_size
 from hf_attn_plugin.sequence_parallelism.trainer import _without_ring
@@ -32,7 +33,8 @@ TWO = {
         attn="longformer", rows="right", lora=True, checkpointing=True, steps=10
     ),
     "bert": Run(family="bert", rows="right", eval_rows=9, accumulation=1, steps=10),
-    "own-loss": Run(own_loss=True, steps=10),
+    "own-loss": Run(own_loss="penalty", steps=10),
+    "models-loss": Run(own_loss="the model's", rows="left", accumulation=1, eval_rows=9, steps=10),
     "bf16": Run(schedule="gather", settings=BF16, steps=10),
     "targets halved": Run(fault="targets halved", steps=3),
     "labels shifted in parts": Run(fault="labels shifted in parts", steps=3),
@@ -75,7 +77,7 @@ def assert_same(run: Results, alone: Results, tolerance: float = ROUNDING) -> No
     if tolerance == ROUNDING:
         for name, weight in alone["weights"].items():
             if not name.endswith("key.bias"):  # in truth without a gradient; Adam enlarges rounding
-                torch.testing.assert_close(run["weights"][name], weight, rtol=0, atol=2e-5)
+                torch.testing.assert_close(run["weights"][name], weight, rtol=0, atol=5e-5)
     if "eval_loss" in alone:
         assert run["eval_loss"] == pytest.approx(alone["eval_loss"], rel=ROUNDING)
         for name in ("predictions", "unlabelled"):
@@ -84,7 +86,8 @@ def assert_same(run: Results, alone: Results, tolerance: float = ROUNDING) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-packed", "mistral-padded", "lora-checkpointing", "bert", "own-loss"]
+    "name",
+    ["llama-packed", "mistral-padded", "lora-checkpointing", "bert", "own-loss", "models-loss"],
 )
 def test_two_processes_have_the_curve_of_one(name: str, two: dict[str, Results]) -> None:
     (alone,) = train(TWO[name].alone)
@@ -123,10 +126,19 @@ REFUSALS = {
     "tensor parallel": "beside tensor parallelism",
     "shards": "weights are sharded by FSDP2 alone",
     "smoothing": "label_smoothing_factor: not over sequences",
+    "compiled": "torch_compile: attention over sequences",
+    "iterable": "evaluation over an iterable data set",
     "verify": "VerifyCallback compares attention over whole rows",
     "sdpa": "sdpa",
     "lengths": "must all be given the same whole batch",
 }
+
+
+class Endless(IterableDataset):
+    """Of no length that could be told."""
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        yield from dataset(Run(length=32), 8, seed=0)
 
 
 def _refused(rank: int) -> dict[str, str]:
@@ -140,7 +152,10 @@ def _refusal(rank: int, case: str) -> str:
 
     from hf_attn_plugin.sequence_parallelism.trainer import SequenceParallelTrainer
 
-    settings: dict[str, Any] = {"smoothing": {"label_smoothing_factor": 0.1}}.get(case, {})
+    settings: dict[str, Any] = {
+        "smoothing": {"label_smoothing_factor": 0.1},
+        "compiled": {"torch_compile": True},
+    }.get(case, {})
     size = {"three": 3, "two configs": 2}.get(case)
     if case == "two configs":
         settings["parallelism_config"] = ParallelismConfig(cp_size=4)
@@ -153,9 +168,12 @@ def _refusal(rank: int, case: str) -> str:
     rows = dataset(Run(length=32 + (case == "lengths") * rank), 8, seed=rank)
     kwargs: dict[str, Any] = {"callbacks": [VerifyCallback()] if case == "verify" else None}
     try:
-        SequenceParallelTrainer(
+        trainer = SequenceParallelTrainer(
             model, args, train_dataset=rows, sequence_parallel_size=size, **kwargs
-        ).train()
+        )
+        if case == "iterable":
+            trainer.evaluate(Endless())
+        trainer.train()
     except ValueError as error:
         return str(error)
     return "nothing was refused"

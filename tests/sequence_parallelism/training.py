@@ -45,7 +45,7 @@ class Run:
     examples: int = 56
     eval_rows: int = 0
     schedule: str | None = None
-    own_loss: bool = False
+    own_loss: str | None = None  # one of LOSSES
     fault: str | None = None
     settings: tuple[tuple[str, Any], ...] = ()
 
@@ -189,12 +189,14 @@ def _result(rank: int, run: Run, folder: str | None) -> dict[str, Any]:
         }
         trainer: Any
         if run.ring is None:
-            trainer = (OwnLoss if run.own_loss else Trainer)(model, args, **kwargs)
+            trainer = LOSSES.get(run.own_loss, Trainer)(model, args, **kwargs)
         else:
             kwargs["sequence_parallel_size"] = None if run.fsdp2 else run.ring
             kwargs["sequence_parallel_options"] = {"schedule": run.schedule}
-            kind = type("Mixed", (SequenceParallelTrainerMixin, OwnLoss), {})
-            trainer = (kind if run.own_loss else SequenceParallelTrainer)(model, args, **kwargs)
+            kind: Any = SequenceParallelTrainer
+            if run.own_loss is not None:
+                kind = type("Mixed", (SequenceParallelTrainerMixin, LOSSES[run.own_loss]), {})
+            trainer = kind(model, args, **kwargs)
             _inject(run.fault, trainer)
         train_from_last_checkpoint(trainer)
         result = {
@@ -238,6 +240,19 @@ class OwnLoss(Trainer):
         )
         loss = each[valid].mean() if self.shard is None else self.shard.mean(each, valid)
         return (loss, outputs) if return_outputs else loss
+
+
+class ModelsLoss(Trainer):
+    """A Trainer whose loss is the model's, of a call that passes no number of items."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+LOSSES: dict[str | None, type[Trainer]] = {"penalty": OwnLoss, "the model's": ModelsLoss}
 
 
 def _whole(weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable
 from typing import Any
 
@@ -49,6 +50,26 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], fixed: dict[st
     return compiled
 
 
+class _Threads(threading.local):
+    """The devices whose CUDA context this thread has made current."""
+
+    def __init__(self) -> None:
+        self.devices: set[int | None] = set()
+
+
+_threads = _Threads()
+
+
 def on_device(tensor: Tensor) -> Any:
-    """A context in which kernels run where ``tensor`` is."""
+    """A context in which kernels run where ``tensor`` is.
+
+    Triton encodes TMA descriptors before it looks for a CUDA context, and fails where a thread has
+    none yet: autograd's, if a launch is the first thing that it does there and all memory comes
+    from PyTorch's cache. Any launch of PyTorch's own makes the context current; one that fills an
+    element may be part of a CUDA graph, too.
+    """
+    device = tensor.device
+    if device.type == "cuda" and device.index not in _threads.devices:
+        torch.empty(1, device=device).zero_()
+        _threads.devices.add(device.index)
     return torch.cuda.device_of(tensor)

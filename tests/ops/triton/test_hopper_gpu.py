@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -199,6 +200,20 @@ def test_many_items() -> None:
     """More items than programs, so that every program goes on to others."""
     torch.manual_seed(0)
     check(make(Pattern(q_len=1500, kv_len=1500, window=150), batch=4, heads=(16, 4)))
+
+
+def test_a_thread_without_a_context() -> None:
+    """As autograd's may be: memory comes from the cache, so that descriptors come first."""
+    from hf_attn_plugin.ops.triton.launch import run_forward
+
+    torch.manual_seed(0)
+    problem = problem_of(make(PATTERNS["window"]()))
+    want = run_forward(problem)
+    run_forward(problem)
+    with ThreadPoolExecutor(1) as threads:
+        got = threads.submit(run_forward, problem).result()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_serves() -> None:
