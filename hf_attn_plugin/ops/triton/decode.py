@@ -119,11 +119,6 @@ def _examine(
             f"triton_decode: sinks must hold {heads} logits, one per query head; "
             f"got {tuple(sinks.shape)}."
         )
-    if pattern.dense is not None and pattern.dense.shape[1] not in (1, heads):
-        raise ValueError(
-            f"triton_decode: the dense mask must have 1 or {heads} heads, not "
-            f"{pattern.dense.shape[1]}."
-        )
     refused = refuses_shapes(query.dtype, query.shape[-1], value.shape[-1])
     refused = refused or refuses_pattern(pattern)
     if refused is not None:
