@@ -417,7 +417,7 @@ def test_refused_calls_raise() -> None:
     with pytest.raises(ValueError, match="sinks must hold 2 logits"), torch.no_grad():
         decode(query, key, value, pattern, scaling=1.0, sinks=normal(3))
     masked = Pattern(q_len=1, kv_len=40, dense=torch.ones(1, 3, 1, 40, dtype=torch.bool))
-    with pytest.raises(ValueError, match="1 or 2 heads, .* got 3"), torch.no_grad():
+    with pytest.raises(ValueError, match=r"1 or 2 heads, .* got 3"), torch.no_grad():
         decode(query, key, value, masked, scaling=1.0)
     many = Pattern(q_len=17, kv_len=40)
     with pytest.raises(ValueError, match="up to 16 queries"):
