@@ -22,29 +22,36 @@ from hf_attn_plugin.ops.triton.sparq_scores import score_part
 
 
 @triton.jit
-def kept_by_coverage(
-    chosen, masses, ranked, recent, target, count, slot, used, SLOTS: tl.constexpr,
-    CHUNK: tl.constexpr,
+def keep_until_covered(
+    chosen, ranks, at, masses, recent, target, used, slots, SLOTS: tl.constexpr
 ):  # fmt: skip
-    """Which of the chosen keys in ``slot`` are needed to reach ``target``: see `ops.choice`."""
-    at = tl.load(chosen + slot, mask=used, other=0)
-    mine = tl.where(at >= recent, float("inf"), tl.load(ranked + at, mask=used, other=0.0))
-    mass = tl.zeros([CHUNK], tl.float32)
-    ahead = tl.zeros([CHUNK], tl.int32)
-    for start in range(0, SLOTS, 32):
-        other = start + tl.arange(0, 32)
-        ok = other < count
-        other_at = tl.load(chosen + other, mask=ok, other=0)
-        rank = tl.load(ranked + other_at, mask=ok, other=0.0)
-        rank = tl.where(other_at >= recent, float("inf"), rank)
-        their = tl.load(masses + other, mask=ok, other=0.0)
-        earlier = (rank[None, :] > mine[:, None]) | (
-            (rank[None, :] == mine[:, None]) & (other[None, :] < slot[:, None])
-        )
-        earlier = earlier & ok[None, :]
-        mass += tl.sum(tl.where(earlier, their[None, :], 0.0), 1)
-        ahead += tl.sum(earlier.to(tl.int32), 1)
-    return used & ((at >= recent) | (mass < target) | (ahead == 0))
+    """Of the keys ``chosen``, in order, those needed to reach ``target``: see `ops.choice`.
+
+    A key is needed if all that are ranked before it have less mass. All that are ranked above a
+    level are, and of those at the level the first: the level is found by halving. Overwrites
+    ``chosen`` [SLOTS], and returns how many are left.
+    """
+    forced = used & (at >= recent)
+    keys = tl.where(used, ordered(tl.where(forced, float("inf"), ranks)), LOWEST)
+    low = tl.min(tl.where(used, keys, 2147483647), 0).to(tl.int64)
+    high = tl.max(keys, 0).to(tl.int64) + 1
+    # The largest level that those not below it reach the target at; the lowest if none does.
+    while high - low > 1:
+        middle = low + ((high - low) >> 1)
+        enough = tl.sum(tl.where(keys >= middle.to(tl.int32), masses, 0.0), 0) >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    level = low.to(tl.int32)
+    above = used & (keys > level)
+    equal = used & (keys == level)
+    here = tl.where(equal, masses, 0.0)
+    before = tl.sum(tl.where(above, masses, 0.0), 0) + tl.cumsum(here, 0) - here
+    first = tl.min(tl.where(used & (keys == tl.max(keys, 0)), slots, SLOTS), 0)
+    kept = forced | above | (equal & (before < target)) | (slots == first)
+    kept = kept & used
+    place = tl.cumsum(kept.to(tl.int32), 0) - 1
+    tl.store(chosen + place, at, mask=kept)
+    return tl.sum(kept.to(tl.int32), 0)
 
 
 @triton.jit
@@ -147,6 +154,7 @@ def attend(
     tl.debug_barrier()
 
     alpha = tl.zeros([ROWS], tl.float32)
+    bound = tl.full([], SLOTS, tl.int32)
     if COVERAGE:
         for start in range(0, SLOTS, CHUNK):
             used = start + chunk < count
@@ -154,13 +162,24 @@ def attend(
             seen = (rows < GROUPS)[:, None] & used[None, :]
             scores = tl.load(logits + spot[None, :], mask=seen, other=float("-inf"))
             tl.store(masses + start + chunk, tl.sum(tl.exp2(scores - lse[:, None]), 0), mask=used)
-        tl.debug_barrier()
         # What all visible keys have: all but the sinks' share.
         every = (rows < GROUPS).to(tl.float32)
         if HAS_SINKS:
             sink = tl.load(sinks + head * GROUPS + rows, mask=rows < GROUPS, other=0.0)
             every = tl.where(rows < GROUPS, 1.0 - tl.exp2(sink.to(tl.float32) * LOG2E - lse), 0.0)
+        tl.debug_barrier()
+        is_key = slots < count
+        keys_at = tl.load(chosen + slots, mask=is_key, other=0)
+        key_ranks = tl.load(ranked + keys_at, mask=is_key, other=0.0)
+        mass = tl.load(masses + slots, mask=is_key, other=0.0)
+        # All have read what is overwritten.
+        tl.debug_barrier()
         target = share * tl.sum(every, 0)
+        count = keep_until_covered(
+            chosen, key_ranks, keys_at, mass, recent, target, is_key, slots, SLOTS
+        )
+        tl.debug_barrier()
+        bound = count
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
     if HAS_SINKS:
@@ -168,14 +187,10 @@ def attend(
         top = sink.to(tl.float32) * LOG2E
     total = tl.where(top == float("-inf"), 0.0, 1.0)
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    for start in range(0, SLOTS, CHUNK):
+    for start in range(0, bound, CHUNK):
         slot = start + chunk
         used = slot < count
         spot = tl.load(chosen + slot, mask=used, other=0)
-        if COVERAGE:
-            used = kept_by_coverage(
-                chosen, masses, ranked, recent, target, count, slot, used, SLOTS, CHUNK
-            )
         k_at = key + spot.to(tl.int64)[:, None] * (stride_kn * K_UNIT) + dims[None, :]
         k = tl.load(k_at, mask=used[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
         v_at = value + spot.to(tl.int64)[:, None] * (stride_vn * V_UNIT) + v_dims[None, :]
