@@ -241,12 +241,14 @@ def _compute(
         acc = gl.zeros([ROWS, DIM], gl.float32, out_layout)
         mbarrier.wait(q_full.index(0), item_turn & 1)
         q = q_tile.index(part).reshape([ROWS, DIM]).load(q_layout)
-        mbarrier.arrive(q_empty.index(0), count=1)
         # An item without visits computes one block, of which its rows see nothing.
         mbarrier.wait(k_full.index(stage), phase)
         k = k_ring.index(stage).reshape([KEYS, DIM]).permute((1, 0))
         score = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
         score = warpgroup_mma_wait(0, deps=[score])
+        # Only now all warps are known to have the queries in registers: a barrier does not wait
+        # for loads that are on their way, and TMA writes rows beyond the end at once.
+        mbarrier.arrive(q_empty.index(0), count=1)
         mbarrier.arrive(k_empty.index(stage), count=1)
         if needs_mask(full, begin):
             keys = visited(blocks, begin) * KEYS + gl.arange(0, KEYS, layout=key_layout)
