@@ -18,6 +18,7 @@ from transformers import masking_utils
 from hf_attn_plugin.integrations.forward_positions import documents_on, masks_nothing
 from hf_attn_plugin.ops.triton.decode_plan import is_capturing
 from hf_attn_plugin.patterns import Pattern, PatternMask
+from hf_attn_plugin.patterns.documents import number_chunks
 
 MaskFunction = Callable[..., Any]
 
@@ -193,7 +194,12 @@ def _documents(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Document numbers of queries and keys, of which every chunk has one of its own."""
     if terms.documents is not None:
-        numbers = _chunks_within(terms.documents, terms) if terms.chunk else terms.documents
+        numbers = terms.documents
+        if terms.chunk is not None:
+            # transformers < 5.23 lets them run on from document to document, so that one packed
+            # behind another is computed otherwise than alone.
+            size, left_padding = terms.chunk
+            numbers = number_chunks(numbers, size, left_padding.to(numbers.device).view(-1, 1))
         return numbers[:, :q_length], numbers  # a static cache has empty slots
     if terms.chunk is None:
         return None, None
@@ -202,21 +208,6 @@ def _documents(
     q_chunk = (torch.arange(q_length, device=device)[None] + q_offset - pads) // size
     kv_chunk = (torch.arange(kv_length, device=device)[None] + kv_offset - pads) // size
     return q_chunk, kv_chunk
-
-
-def _chunks_within(documents: Tensor, terms: _Terms) -> Tensor:
-    """Numbers of (document, chunk) pairs: chunks start anew in every document.
-
-    transformers < 5.23 lets them run on, so that a document packed behind another is computed
-    otherwise than alone; goes when 5.23 is the oldest supported version.
-    """
-    assert terms.chunk is not None
-    index = torch.arange(documents.shape[1], device=documents.device)
-    starts = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    pads = terms.chunk[1].to(documents.device).view(-1, 1)  # those on the left do not count
-    first = torch.maximum(torch.where(starts, index, 0).cummax(1).values, pads)
-    chunk = (index - first) // terms.chunk[0]
-    return documents * (int(chunk.max()) + 1) + chunk
 
 
 def _read(function: MaskFunction, terms: _Terms) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_attn_plugin.parallel.attention import sharded_attention
 from hf_attn_plugin.parallel.shard import Shard
 from hf_attn_plugin.patterns import Pattern, PatternMask
+from hf_attn_plugin.patterns.documents import number_chunks
 
 if TYPE_CHECKING:
     from hf_attn_plugin.methods.call import AttentionCall
@@ -183,14 +184,9 @@ def _chunks(whole: Pattern, size: int, device: torch.device) -> Tensor:
     first = torch.zeros_like(index)
     if whole.key_valid is not None:
         first = (whole.key_valid.to(device).cumsum(1) == 0).sum(1, keepdim=True)
-    documents = whole.kv_documents
-    if documents is None:
-        return (index - first).div(size, rounding_mode="floor")
-    documents = documents.to(device)
-    starts = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    first = torch.maximum(torch.where(starts, index, 0).cummax(1).values, first)
-    chunk = (index - first).div(size, rounding_mode="floor")
-    return documents * (whole.kv_len + 1) + chunk
+    if whole.kv_documents is not None:
+        return number_chunks(whole.kv_documents.to(device), size, first)
+    return (index - first).div(size, rounding_mode="floor")
 
 
 def rows_of(module: nn.Module) -> Rows | None:

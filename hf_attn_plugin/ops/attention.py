@@ -107,22 +107,15 @@ def _attention(
 
     def examine() -> Choice:
         check_tensors("attention", query, key, value, pattern)
-        call = Call(
-            batch=query.shape[0],
-            heads=query.shape[1],
-            kv_heads=key.shape[1],
-            head_dim=query.shape[3],
-            value_dim=value.shape[3],
-            dtype=query.dtype,
-            device_type=query.device.type,
-            capability=capability_of(query.device),
+        call = call_of(
+            query,
+            key,
+            value,
             softcap=softcap is not None,
             sinks=sinks is not None,
             need_lse=need_lse,
             needs_grad=needs_grad,
-            compiling=torch.compiler.is_compiling(),
             deterministic=deterministic,
-            installed=_INSTALLED,
         )
         choice = choose_backend(pattern, call)
         if choice.warning is not None:
@@ -160,6 +153,48 @@ def _attention(
         query, key, value, pattern, scaling=scale, softcap=softcap, sinks=sinks
     )
     return output, lse if need_lse else None
+
+
+def call_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    softcap: bool,
+    sinks: bool,
+    need_lse: bool,
+    needs_grad: bool = False,
+    deterministic: bool = False,
+) -> Call:
+    """What `choose_backend` may depend on, of tensors ``[batch, heads, tokens, dim]`` here.
+
+    Args:
+        query: Of the call, as the next two.
+        key: See there.
+        value: See there.
+        softcap: As in `Call`, as all that follow.
+        sinks: See there.
+        need_lse: See there.
+        needs_grad: See there.
+        deterministic: See there.
+    """
+    return Call(
+        batch=query.shape[0],
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+        dtype=query.dtype,
+        device_type=query.device.type,
+        capability=capability_of(query.device),
+        softcap=softcap,
+        sinks=sinks,
+        need_lse=need_lse,
+        needs_grad=needs_grad,
+        compiling=torch.compiler.is_compiling(),
+        deterministic=deterministic,
+        installed=_INSTALLED,
+    )
 
 
 def _triton_decode(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

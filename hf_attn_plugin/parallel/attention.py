@@ -7,12 +7,13 @@ from typing import Protocol
 from torch import Tensor
 
 from hf_attn_plugin.ops.checks import check_softmax, check_tensors
-from hf_attn_plugin.parallel.choice import Shapes, Way, choose_way
-from hf_attn_plugin.parallel.gather import gather_attention, some_heads
+from hf_attn_plugin.parallel.choice import choose_way
+from hf_attn_plugin.parallel.estimates import Shapes, Way, exchange_groups
+from hf_attn_plugin.parallel.gather import gather_attention
 from hf_attn_plugin.parallel.ring import ring_attention
 from hf_attn_plugin.parallel.shard import Shard
-from hf_attn_plugin.parallel.ulysses import Heads, heads_for_tokens, tokens_for_heads
-from hf_attn_plugin.parallel.wide import attend
+from hf_attn_plugin.parallel.ulysses import Heads, ulysses_attention
+from hf_attn_plugin.parallel.wide import Keep, attend
 from hf_attn_plugin.patterns import Pattern
 
 
@@ -28,6 +29,7 @@ class _Schedule(Protocol):
         scaling: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        keep: Keep | None = None,
     ) -> Tensor: ...
 
 
@@ -75,7 +77,7 @@ def sharded_attention(
         sinks = sinks.reshape(-1)
     schedule = shard.schedule
     if schedule is None:
-        way = _way(query, key, value, pattern, shard)
+        way = _way(Shapes.of(query, key, value), pattern, shard)
         schedule, shard = way.schedule, shard.by_heads if way.schedule == "ulysses" else shard
     if shard.layout.ranks == 1:
         return attend(query, key, value, pattern, scaling, softcap, sinks, None)
@@ -84,30 +86,38 @@ def sharded_attention(
             query, key, value, pattern, shard, scaling=scaling, softcap=softcap, sinks=sinks
         )
     heads = Heads.among(shard.ulysses, query.shape[1], key.shape[1])
-    own = heads.query[shard.rank % shard.ulysses]
-    query, key, value, wide = heads_for_tokens(query, key, value, shard)
-    pattern = some_heads(pattern, own)
-    if sinks is not None:
-        sinks = sinks[own.start : own.stop]
-    if shard.inner.layout.ranks == 1:
-        keep = None if wide is None else wide.keep
-        output = attend(query, key, value, pattern, scaling, softcap, sinks, keep)
-    else:
-        output = _SCHEDULES[schedule](
-            query, key, value, pattern, shard.inner, scaling=scaling, softcap=softcap, sinks=sinks
+    inner = shard.inner
+
+    def compute(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pattern: Pattern,
+        sinks: Tensor | None,
+        keep: Keep | None,
+    ) -> Tensor:
+        if inner.layout.ranks == 1:
+            return attend(query, key, value, pattern, scaling, softcap, sinks, keep)
+        return _SCHEDULES[schedule](
+            query,
+            key,
+            value,
+            pattern,
+            inner,
+            scaling=scaling,
+            softcap=softcap,
+            sinks=sinks,
+            keep=keep,
         )
-    return tokens_for_heads(output, shard)
 
-
-def _way(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, shard: Shard) -> Way:
-    shapes = Shapes(
-        heads=query.shape[1],
-        kv_heads=key.shape[1],
-        head_dim=query.shape[3],
-        value_dim=value.shape[3],
-        batch=query.shape[0],
-        itemsize=query.element_size(),
+    shapes = Shapes.of(query, key, value)
+    count = exchange_groups(pattern, shard.layout, shapes, shard.ulysses, shard.head_groups)
+    return ulysses_attention(
+        query, key, value, pattern, shard, heads.groups(count), compute, sinks=sinks
     )
+
+
+def _way(shapes: Shapes, pattern: Pattern, shard: Shard) -> Way:
     ulysses = None if shard.ulysses == 1 else shard.ulysses
     return choose_way(pattern, shard.layout, shapes, ulysses=ulysses, memory=shard.memory)
 

@@ -14,33 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_plugin.parallel.estimates import Shapes, gather_groups
 from hf_attn_plugin.parallel.exchange import Exchange, Moves, start_exchange
+from hf_attn_plugin.parallel.grouping import groups_of, some_heads
+from hf_attn_plugin.parallel.plan import make_plan
 from hf_attn_plugin.parallel.shard import Shard
 from hf_attn_plugin.parallel.traffic import Return, Traffic, make_traffic, moved, overlap, pieces
-from hf_attn_plugin.parallel.wide import attend
+from hf_attn_plugin.parallel.wide import Keep, attend
 from hf_attn_plugin.patterns import Pattern
-
-# Bytes per second between two H200s of one host, and operations of a forward pass in 16 bits there.
-_LINK, _PACE = 280e9, 600e12
-# Transfers of all KV heads at once that take less than this share of the computation are not worth
-# several calls: each ends with programs that wait for the slowest. Forward and backward of 32,768
-# causal tokens, 32/8 heads of 128, on two H200s (a share of 3 %): 33.2 ms in one group, 33.7 in
-# two, which hide 80 % of the transfers, 34.7 in four.
-_SMALL_TRANSFER = 0.05
-_GROUPS = (2, 4)
 
 # Parts of a sum over tokens: (tokens, ``[tokens, batch, heads, dim]``), which may overlap.
 Parts = list[tuple[range, Tensor]]
-
-
-def some_heads(pattern: Pattern, heads: range) -> Pattern:
-    """The pattern of some of the query heads: the caller's own mask may differ between them."""
-    if pattern.dense is None or pattern.dense.shape[1] == 1:
-        return pattern
-    dense = pattern.dense
-    return pattern.derive(
-        ("heads", heads), lambda: pattern.replace(dense=dense[:, heads.start : heads.stop])
-    )
 
 
 def gather_attention(
@@ -53,17 +37,27 @@ def gather_attention(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    keep: Keep | None = None,
 ) -> Tensor:
-    """`sharded_attention` by schedule "gather"; its arguments."""
+    """`sharded_attention` by schedule "gather"; its arguments.
+
+    With ``keep``, gradients of keys and values go there, in float32 or wider, and not to autograd.
+    """
     layout, rank = shard.layout, shard.rank
     traffic = pattern.derive(("traffic", layout, rank), lambda: make_traffic(pattern, layout, rank))
-    groups = _groups(shard, traffic, query, key, value)
+    shapes, wanted = Shapes.of(query, key, value), shard.head_groups
+    repeated = keep is not None
+    count = pattern.derive(
+        ("gather groups", layout, shapes, repeated, wanted),
+        lambda: gather_groups(make_plan(pattern, layout), shapes, repeated, wanted),
+    )
+    groups = groups_of(key.shape[1], count)
     per_kv = query.shape[1] // key.shape[1]
     heads = [range(group.start * per_kv, group.stop * per_kv) for group in groups]
     logits = [None] * len(groups)
     if sinks is not None:
         logits = list(sinks.reshape(-1).split([len(own) for own in heads]))
-    call = _Call(shard, traffic, groups)
+    call = _Call(shard, traffic, groups, keep)
     places = [(own, use.rows) for own in heads for use in traffic.uses]
     queries = iter(_Split.apply(query, places))
     outputs = []
@@ -72,8 +66,9 @@ def gather_attention(
         for index, use in enumerate(traffic.uses):
             parts = next(queries), next(arrived), next(arrived)
             own = some_heads(use.pattern, heads[number])
-            keep = functools.partial(call.keep, number, index) if use.summed else None
-            output = attend(*parts, own, scaling, softcap, logits[number], keep)
+            summed = use.summed or keep is not None
+            kept = functools.partial(call.keep, number, index) if summed else None
+            output = attend(*parts, own, scaling, softcap, logits[number], kept)
             outputs.append(output)
     return outputs[0] if len(outputs) == 1 else _Join.apply(places, *outputs)
 
@@ -125,8 +120,12 @@ def _join(places: list[tuple[range, range]], parts: tuple[Tensor, ...]) -> Tenso
 class _Call:
     """What the two autograd functions of one call hand each other, past autograd."""
 
-    def __init__(self, shard: Shard, traffic: Traffic, groups: tuple[range, ...]) -> None:
+    def __init__(
+        self, shard: Shard, traffic: Traffic, groups: tuple[range, ...], keep_sum: Keep | None
+    ) -> None:
         self.shard, self.traffic, self.groups = shard, traffic, groups
+        # Takes the sums of gradients where they are added to others.
+        self.keep_sum = keep_sum
         # By group of heads: keys, values and their transfers; emptied as they are used.
         self.arriving: dict[int, tuple[Tensor, Tensor, Exchange]] = {}
         # By group: contributions to the gradients of own keys and of own values.
@@ -138,6 +137,12 @@ class _Call:
 
     def keep(self, group: int, use: int, *grads: Tensor) -> None:
         self.kept[group, use] = (grads[0], grads[1])
+
+    def travelling(self, like: Tensor, move: Return) -> Tensor:
+        """For gradients that travel."""
+        summed = move.summed or self.keep_sum is not None
+        dtype = _wide(like.dtype) if summed else like.dtype
+        return like.new_empty(len(move.tokens), *like.shape[1:], dtype=dtype)
 
     def start(self, sends: Moves, receives: Moves) -> Exchange:
         exchange = start_exchange(self.shard.group, sends, receives)
@@ -154,7 +159,7 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, key: Tensor, value: Tensor, call: _Call) -> tuple[Tensor, ...]:
-        ctx.call = call
+        ctx.call, ctx.dtype = call, key.dtype
         ctx.shapes = [tensor.shape for tensor in (key, value)]
         call.wanted = tuple(ctx.needs_input_grad[:2])
         traffic = call.traffic
@@ -178,9 +183,10 @@ class _Start(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         totals: list[Tensor | None] = []
+        dtype = ctx.dtype if call.keep_sum is None else _wide(ctx.dtype)
         for wanted, (batch, heads, tokens, dim) in zip(call.wanted, ctx.shapes, strict=True):
             # Laid out as models lay out keys.
-            laid_out = grads[0].new_empty(batch, tokens, heads, dim).transpose(1, 2)
+            laid_out = grads[0].new_empty(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
             totals.append(laid_out if wanted else None)
         # In the order in which they set out.
         for group in reversed(range(len(call.groups))):
@@ -190,6 +196,9 @@ class _Start(torch.autograd.Function):
                 if total is not None:
                     home = total[:, _cut(call.groups[group])].permute(2, 0, 1, 3)
                     _add_up(parts, range(len(home)), home)
+        if call.keep_sum is not None:
+            call.keep_sum(*totals)
+            return None, None, None
         return totals[0], totals[1], None
 
 
@@ -228,7 +237,7 @@ class _Finish(torch.autograd.Function):
                 if (grad := kept.get(index, grads[2 * index : 2 * index + 2])[which]) is not None
             ]
             for move in traffic.leaving:
-                sum_of = _empty(like, move)
+                sum_of = call.travelling(like, move)
                 _add_up(made, move.tokens, sum_of)
                 sends.append((move.peer, sum_of))
             for tokens, place in traffic.own:
@@ -237,7 +246,7 @@ class _Finish(torch.autograd.Function):
                         part_of = grad[_cut(moved(both, -run.start))]
                         home[which].append((moved(both, tokens.start - place.start), part_of))
             for move in traffic.returning:
-                incoming = _empty(like, move)
+                incoming = call.travelling(like, move)
                 receives.append((move.peer, incoming))
                 home[which].append((move.tokens, incoming))
         call.leaving[ctx.group] = (home, call.start(sends, receives))
@@ -257,12 +266,6 @@ def _buffer(local: Tensor, traffic: Traffic) -> Tensor:
     return buffer
 
 
-def _empty(like: Tensor, move: Return) -> Tensor:
-    """For gradients that travel."""
-    dtype = _wide(like.dtype) if move.summed else like.dtype
-    return like.new_empty(len(move.tokens), *like.shape[1:], dtype=dtype)
-
-
 def _add_up(parts: Parts, tokens: range, out: Tensor) -> None:
     """Sums over ``tokens`` into ``out``, in float32 or wider, in the same order in every run."""
     wide = _wide(out.dtype)
@@ -280,23 +283,6 @@ def _add_up(parts: Parts, tokens: range, out: Tensor) -> None:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _groups(
-    shard: Shard, traffic: Traffic, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[range, ...]:
-    """KV heads in groups of equal size, the same on every rank."""
-    kv_heads, wanted = key.shape[1], shard.head_groups
-    if wanted is None:
-        dims = key.shape[0] * (key.shape[3] + value.shape[3])
-        travel = traffic.most_received * kv_heads * dims * key.element_size() / _LINK
-        work = 2 * traffic.most_visited * query.shape[1] * dims / _PACE
-        few, many = _GROUPS
-        wanted = 1 if travel < _SMALL_TRANSFER * work else few
-        wanted = many if travel > 2 * _SMALL_TRANSFER * work else wanted
-    count = max(n for n in range(1, max(1, wanted) + 1) if kv_heads % n == 0)
-    size = kv_heads // count
-    return tuple(range(first, first + size) for first in range(0, kv_heads, size))
 
 
 def _cut(run: range) -> slice:

@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_attn_plugin.ops.attention import SlowAttentionWarning
-from hf_attn_plugin.ops.backend import Backend, capability_of, installed_packages, refuses
-from hf_attn_plugin.ops.call import Call
+from hf_attn_plugin.ops.attention import SlowAttentionWarning, call_of
+from hf_attn_plugin.ops.backend import Backend, refuses
 from hf_attn_plugin.ops.torch import blocked
 from hf_attn_plugin.patterns import Pattern
 
 if TYPE_CHECKING:
     from hf_attn_plugin.ops.triton.problem import Problem
-
-_INSTALLED = installed_packages()
 
 
 class PieceKernel(enum.Enum):
@@ -123,21 +120,7 @@ def choose_pieces(
     softcap: float | None,
 ) -> Pieces:
     """The fastest kernel that computes every piece of a call; warns where a GPU has none."""
-    call = Call(
-        batch=query.shape[0],
-        heads=query.shape[1],
-        kv_heads=key.shape[1],
-        head_dim=query.shape[3],
-        value_dim=value.shape[3],
-        dtype=query.dtype,
-        device_type=query.device.type,
-        capability=capability_of(query.device),
-        softcap=softcap is not None,
-        sinks=False,
-        need_lse=True,
-        compiling=False,
-        installed=_INSTALLED,
-    )
+    call = call_of(query, key, value, softcap=softcap is not None, sinks=False, need_lse=True)
     refusal = refuses(Backend.TRITON, pattern, call)
     if refusal is None:
         return Pieces(PieceKernel.TRITON, scaling, softcap)

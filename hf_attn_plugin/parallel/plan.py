@@ -134,9 +134,12 @@ class Plan:
             source: The rank of the keys; None for all.
         """
         if source is None:
-            runs = self.layout.runs(rank)
-            return sum(self._rectangles.of_queries(rows).visited for rows in runs)
+            return sum(map(self.visited_by, self.layout.runs(rank)))
         return sum(part.visited for part in self._between(rank, source))
+
+    def visited_by(self, rows: range) -> int:
+        """The same of a run of queries."""
+        return self._rectangles.of_queries(rows).visited
 
     @property
     def balance(self) -> float:

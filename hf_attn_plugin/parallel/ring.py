@@ -20,6 +20,7 @@ from hf_attn_plugin.parallel.merge import RunningSoftmax, RunningSum, empty_rows
 from hf_attn_plugin.parallel.pieces import Pieces, choose_pieces
 from hf_attn_plugin.parallel.plan import Piece, Plan, make_plan
 from hf_attn_plugin.parallel.shard import Shard
+from hf_attn_plugin.parallel.wide import Keep
 from hf_attn_plugin.patterns import Pattern
 from hf_attn_plugin.patterns.part import part
 
@@ -79,6 +80,7 @@ def ring_attention(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    keep: Keep | None = None,
     pieces: Pieces | None = None,
 ) -> Tensor:
     """Attention over a sharded sequence by schedule "ring"; see `attention.sharded_attention`.
@@ -97,6 +99,8 @@ def ring_attention(
         scaling: Factor on the scores.
         softcap: As in `ops.attention`.
         sinks: As in `ops.attention`.
+        keep: Gets the gradients of keys and values, in float32 or wider, which autograd then does
+            not. None: they are rounded.
         pieces: What computes each piece; None for the fastest that can.
 
     Returns:
@@ -106,7 +110,7 @@ def ring_attention(
         query, scaling = query * (-1.0 if scaling < 0 else 0.0), -scaling or 1.0
     if pieces is None:
         pieces = choose_pieces(query, key, value, pattern, scaling, softcap)
-    call = _Call(pattern, shard, pieces)
+    call = _Call(pattern, shard, pieces, keep)
     return _RingAttention.apply(query, key, value, sinks, call)
 
 
@@ -117,6 +121,7 @@ class _Call:
     pattern: Pattern
     shard: Shard
     pieces: Pieces
+    keep: Keep | None
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -214,6 +219,9 @@ class _RingAttention(torch.autograd.Function):
             grad_sinks = None
             if sinks is not None:
                 grad_sinks = sinks_gradient(sinks, output, lse, grad_output).to(sinks.dtype)
+        if ctx.call.keep is not None:
+            ctx.call.keep(*grads[1:])
+            return grads[0], None, None, grad_sinks, None
         return *grads, grad_sinks, None
 
 
@@ -260,7 +268,12 @@ def _backward(
         grad_output = grad_output.contiguous()
     grad_query = {run: RunningSum(len(run)) for run in call.runs}
     own = _KeyGradients(call.runs)
-    d_inputs = [empty_rows(tensor, tensor.shape[2]) for tensor in (query, key, value)]
+    wide = torch.float64 if key.dtype == torch.float64 else torch.float32
+    d_keys_dtype = key.dtype if call.keep is None else wide
+    d_inputs = [
+        empty_rows(tensor, tensor.shape[2], dtype)
+        for tensor, dtype in ((query, query.dtype), (key, d_keys_dtype), (value, d_keys_dtype))
+    ]
     late: Callable[[], object] = functools.partial(_clear, d_inputs)
     returning: _Returning | None = None
     for step, keys in _Keys(call, key, value):

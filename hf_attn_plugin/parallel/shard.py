@@ -31,8 +31,9 @@ class Shard:
         schedule: How keys meet queries among the other ranks: ``"gather"``, ``"ring"``; or
             ``"ulysses"``, heads for tokens among all. None: for every pattern the fastest
             (`choice.choose_way`).
-        head_groups: Into how many groups "gather" splits the KV heads, so that one group's keys
-            travel while another's are computed with. None: by how much there is to send.
+        head_groups: Into how many groups "gather" and "ulysses" split the KV heads of a rank, so
+            that one group travels while another is computed; the most up to this that divide them.
+            None: by how much there is to send (`grouping.count_groups`).
         memory: Bytes of the smallest GPU among the ranks, for the choice of a schedule. The same
             number on all of them.
     """

@@ -63,8 +63,6 @@ class Traffic:
         leaving: Gradients of what was received.
         returning: Gradients of what was sent.
         uses: The calls of attention.
-        most_received: Tokens that the rank receives which receives the most.
-        most_visited: Pairs that the rank computes which computes the most, per batch row and head.
     """
 
     length: int
@@ -75,14 +73,12 @@ class Traffic:
     leaving: tuple[Return, ...]
     returning: tuple[Return, ...]
     uses: tuple[Use, ...]
-    most_received: int
-    most_visited: int
 
 
 def make_traffic(pattern: Pattern, layout: Layout, rank: int) -> Traffic:
     """What a rank has to do for attention over ``pattern``, the whole sequence's."""
     plan = make_plan(pattern, layout)
-    calls = _Calls(plan)
+    calls = Calls(plan)
     places = _Places([each.hull for each in plan.reached(rank)])
     own = [
         (layout.local(rank, both), places.of(both))
@@ -116,10 +112,6 @@ def make_traffic(pattern: Pattern, layout: Layout, rank: int) -> Traffic:
             )
             for each in plan.reached(rank)
         ),
-        most_received=max(
-            sum(len(move.tokens) for move in plan.receives(each)) for each in range(layout.ranks)
-        ),
-        most_visited=max(plan.visited(each) for each in range(layout.ranks)),
     )
 
 
@@ -152,7 +144,7 @@ class _Places:
         return range(0)
 
 
-class _Calls:
+class Calls:
     """How many calls of attention, of all ranks together, reach each key."""
 
     def __init__(self, plan: Plan) -> None:

@@ -1,19 +1,28 @@
 """Heads exchanged for tokens: every rank gets all tokens of some heads, and back.
 
-DeepSpeed-Ulysses (arXiv 2309.14509): between two exchanges attention is what one process does.
+DeepSpeed-Ulysses (arXiv 2309.14509): between two exchanges attention is what one process does. Of
+several groups of heads all set out at once; while one is computed, the next comes and the results
+of the last go home.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hf_attn_plugin.parallel.exchange import start_exchange
+from hf_attn_plugin.parallel.exchange import Exchange, Moves, start_exchange
+from hf_attn_plugin.parallel.grouping import groups_of, some_heads
 from hf_attn_plugin.parallel.layout import concatenate
 from hf_attn_plugin.parallel.shard import Shard
+from hf_attn_plugin.parallel.wide import Keep
+from hf_attn_plugin.patterns import Pattern
+
+# The heads of one tensor, by rank.
+Shares = tuple[range, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +36,8 @@ class Heads:
         kv: KV heads by rank.
     """
 
-    query: tuple[range, ...]
-    kv: tuple[range, ...]
+    query: Shares
+    kv: Shares
 
     @classmethod
     def among(cls, ranks: int, heads: int, kv_heads: int) -> Heads:
@@ -50,170 +59,303 @@ class Heads:
             tuple(range(first, first + own_kv) for first in first_kv),
         )
 
-
-class KeyGradients:
-    """Gradients of keys and values that are not rounded before those of other ranks are added.
-
-    Attributes:
-        grads: Set by `keep`, in the backward pass.
-    """
-
-    def __init__(self) -> None:
-        self.grads: tuple[Tensor, Tensor] | None = None
-
-    def keep(self, *grads: Tensor) -> None:
-        """For `wide.attend`."""
-        self.grads = (grads[0], grads[1])
-
-    def instead_of(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What was kept, or what came by autograd."""
-        kept, self.grads = self.grads, None
-        return (key, value) if kept is None else kept
+    def groups(self, count: int) -> tuple[Heads, ...]:
+        """The same in groups: of every rank's heads an equal part."""
+        return tuple(
+            Heads(_part(self.query, number, count), _part(self.kv, number, count))
+            for number in range(count)
+        )
 
 
-def heads_for_tokens(
-    query: Tensor, key: Tensor, value: Tensor, shard: Shard
-) -> tuple[Tensor, Tensor, Tensor, KeyGradients | None]:
-    """This rank's heads over all tokens of its group of ``shard.ulysses`` neighbours.
+def _part(shares: Shares, number: int, count: int) -> Shares:
+    return tuple(share[_cut(groups_of(len(share), count)[number])] for share in shares)
+
+
+class Compute(Protocol):
+    """Attention of some heads over the tokens of a group of ranks."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pattern: Pattern,
+        sinks: Tensor | None,
+        keep: Keep | None,
+        /,
+    ) -> Tensor:
+        """The output; ``keep`` as in `wide.attend`."""
+
+
+def ulysses_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    shard: Shard,
+    groups: tuple[Heads, ...],
+    compute: Compute,
+    *,
+    sinks: Tensor | None,
+) -> Tensor:
+    """`sharded_attention` with heads exchanged for tokens among ``shard.ulysses`` neighbours.
 
     Args:
         query: ``[batch, heads, tokens, head_dim]``, this rank's tokens.
         key: ``[batch, kv_heads, tokens, head_dim]``.
         value: ``[batch, kv_heads, tokens, value_dim]``.
+        pattern: Of the whole sequence.
         shard: This rank's part.
+        groups: Which heads are exchanged together (`Heads.groups`); one group where several ranks
+            have the same KV head.
+        compute: What is done between the exchanges, with the neighbours' tokens in global order.
+            Called for each group; all ranks must send in one order there, too.
+        sinks: ``[heads]``, or None.
 
     Returns:
-        Query, key and value with some of the heads, and the group's tokens in global order; and
-        where KV heads go to several ranks, what takes gradients in float32.
+        ``[batch, heads, tokens, value_dim]``.
     """
-    heads = Heads.among(shard.ulysses, query.shape[1], key.shape[1])
-    wide = KeyGradients() if key.shape[1] < shard.ulysses else None
-    shares = (heads.query, heads.kv, heads.kv)
-    return *_HeadsForTokens.apply(shard, shares, wide, query, key, value), wide
+    call = _Call(shard, groups)
+    own = [heads.query[shard.rank % shard.ulysses] for heads in groups]
+    logits: Sequence[Tensor | None] = [None] * len(groups)
+    if sinks is not None:
+        logits = sinks[own[0].start : own[-1].stop].split([len(each) for each in own])
+    # Where several ranks have the same KV head, gradients stay float32 until they are added.
+    keep = call.keep if key.shape[1] < shard.ulysses else None
+    leaving = []
+    for number, anchor in enumerate(_Start.apply(query, key, value, call)):
+        some_query, *keys = _Arrive.apply(anchor, call, number)
+        output = compute(
+            some_query, keys[0], keys[1], some_heads(pattern, own[number]), logits[number], keep
+        )
+        leaving.append(_Leave.apply(output, call, number))
+    return _Finish.apply(call, *leaving)
 
 
-def tokens_for_heads(output: Tensor, shard: Shard) -> Tensor:
-    """The inverse: ``[batch, heads / ulysses, group's tokens, dim]`` to all heads of own tokens."""
-    own = output.shape[1]
-    heads = tuple(range(rank * own, (rank + 1) * own) for rank in range(shard.ulysses))
-    return _TokensForHeads.apply(shard, heads, output)
+class _Call:
+    """What the autograd functions of one call hand each other, past autograd.
+
+    Transfers are held here from the function that starts them to the one that waits for them.
+    """
+
+    def __init__(self, shard: Shard, groups: tuple[Heads, ...]) -> None:
+        self.shard, self.groups = shard, groups
+        # Gradients of keys and values that did not go through autograd.
+        self.kept: Sequence[Tensor | None] = (None, None)
+        # Which of queries, keys and values need gradients.
+        self.wanted: tuple[bool, ...] = (False, False, False)
+        # By group: queries, keys and values, or the gradient of the output, coming.
+        self.coming: dict[int, tuple[list[Tensor], Exchange]] = {}
+        # By group: the output, or gradients, going home: by tensor what comes from every rank.
+        self.going: dict[int, tuple[list[list[Tensor]], Exchange]] = {}
+
+    def keep(self, *grads: Tensor | None) -> None:
+        """For `wide.attend`."""
+        self.kept = grads
+
+    def come(self, group: int, shares: Sequence[Shares], tensors: Sequence[Tensor]) -> None:
+        """Set out: of every tensor this rank's heads, over all tokens."""
+        made, sends, receives = _to_heads(self.shard, shares, tensors)
+        self.coming[group] = made, self._start(sends, receives)
+
+    def go(self, group: int, tensors: Sequence[Tensor]) -> None:
+        """Set out: of every tensor this rank's tokens, from the ranks that have their heads."""
+        made, sends, receives = _to_tokens(self.shard, tensors)
+        self.going[group] = made, self._start(sends, receives)
+
+    def arrived(self, group: int) -> list[Tensor]:
+        """What `come` sent for, when it is here."""
+        made, exchange = self.coming.pop(group)
+        exchange.wait()
+        return made
+
+    def home(self, order: Sequence[int], heads: Sequence[Sequence[Shares]]) -> list[Tensor]:
+        """What `go` sent for, when it is here: of every tensor all heads.
+
+        Args:
+            order: The groups as they set out.
+            heads: Whose are the heads, by group and tensor.
+        """
+        parts: list[list[tuple[range, Tensor]]] = [[] for _ in heads[0]]
+        for group in order:
+            made, exchange = self.going.pop(group)
+            exchange.wait()
+            for own, arrived, shares in zip(parts, made, heads[group], strict=True):
+                own += zip(shares, arrived, strict=True)
+        return [_all_heads(own) for own in parts]
+
+    @property
+    def backwards(self) -> list[int]:
+        """The groups as autograd goes through them."""
+        return list(reversed(range(len(self.groups))))
+
+    def _start(self, sends: Moves, receives: Moves) -> Exchange:
+        exchange = start_exchange(self.shard.neighbours, sends, receives)
+        self.shard.bytes_sent += exchange.bytes_sent
+        return exchange
 
 
-class _HeadsForTokens(torch.autograd.Function):
+class _Start(torch.autograd.Function):
+    """Queries, keys and values of all groups set out; in backward, their gradients are home.
+
+    Returns a number for each group, so that autograd knows what depends on what.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any,
-        shard: Shard,
-        heads: tuple[tuple[range, ...], ...],
-        wide: KeyGradients | None,
-        *tensors: Tensor,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: _Call
     ) -> tuple[Tensor, ...]:
-        ctx.shard, ctx.heads, ctx.wide = shard, heads, wide
-        ctx.totals = [tensor.shape[1] for tensor in tensors]
-        return tuple(_to_heads(shard, heads, tensors))
+        ctx.call, ctx.dtype = call, query.dtype
+        call.wanted = ctx.needs_input_grad[:3]
+        for group, heads in enumerate(call.groups):
+            call.come(group, (heads.query, heads.kv, heads.kv), (query, key, value))
+        return tuple(query.new_zeros(()) for _ in call.groups)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = grads
-        if ctx.wide is not None:
-            key, value = ctx.wide.instead_of(key, value)
-        given = (query, key, value)
-        made = _to_tokens(ctx.shard, ctx.heads, ctx.totals, given)
-        return None, None, None, *(grad.to(query.dtype) for grad in made)
+        call: _Call = ctx.call
+        heads = [_some((own.query, own.kv, own.kv), call.wanted) for own in call.groups]
+        home = iter(call.home(call.backwards, heads))
+        return *(next(home).to(ctx.dtype) if wanted else None for wanted in call.wanted), None
 
 
-class _TokensForHeads(torch.autograd.Function):
+class _Arrive(torch.autograd.Function):
+    """A group's queries, keys and values are here; in backward, their gradients set out."""
+
     @staticmethod
-    def forward(ctx: Any, shard: Shard, heads: tuple[range, ...], output: Tensor) -> Tensor:
-        ctx.shard, ctx.heads = shard, heads
-        return _to_tokens(shard, (heads,), [heads[-1].stop], [output])[0]
+    def forward(ctx: Any, anchor: Tensor, call: _Call, group: int) -> tuple[Tensor, ...]:
+        ctx.call, ctx.group = call, group
+        return tuple(call.arrived(group))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, query: Tensor, *keys: Tensor) -> tuple[Tensor, None, None]:
+        call: _Call = ctx.call
+        kept, call.kept = call.kept, (None, None)
+        keys = tuple(grad if own is None else own for own, grad in zip(kept, keys, strict=True))
+        call.go(ctx.group, _some((query, *keys), call.wanted))
+        return query.new_zeros(()), None, None
+
+
+class _Leave(torch.autograd.Function):
+    """A group's output sets out; in backward, its gradient is here.
+
+    Returns a number, as `_Start` does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, call: _Call, group: int) -> Tensor:
+        ctx.call, ctx.group = call, group
+        call.go(group, [output])
+        return output.new_zeros(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.call.arrived(ctx.group)[0], None, None
+
+
+class _Finish(torch.autograd.Function):
+    """The output of all groups is home; in backward, its gradients set out."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *leaving: Tensor) -> Tensor:
+        ctx.call = call
+        if len(leaving) > 1:
+            # What is computed again for a checkpoint ends with the last tensor that was saved. Here
+            # nothing is on its way any more.
+            ctx.save_for_backward(*leaving)
+        groups = range(len(call.groups))
+        return call.home(groups, [[heads.query] for heads in call.groups])[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, _to_heads(ctx.shard, (ctx.heads,), [grad])[0]
+        call: _Call = ctx.call
+        # The last group first, as autograd goes through them.
+        for group in call.backwards:
+            call.come(group, [call.groups[group].query], [grad])
+        return None, *(grad.new_zeros(()) for _ in call.groups)
 
 
-def _to_heads(shard: Shard, heads: tuple[tuple[range, ...], ...], tensors: Any) -> list[Tensor]:
-    """Every tensor's own heads over all tokens; the exchange of one and of the other at once."""
+def _some(things: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+    return [thing for thing, want in zip(things, wanted, strict=True) if want]
+
+
+def _to_heads(
+    shard: Shard, heads: Sequence[Shares], tensors: Sequence[Tensor]
+) -> tuple[list[Tensor], Moves, Moves]:
+    """Every tensor's own heads over all tokens, to be filled; what is sent and received for it."""
     layout = shard.layout.within(shard.ulysses)
     own = shard.rank % shard.ulysses
-    gathered, sends, receives = [], [], []
+    gathered: list[Tensor] = []
+    sends: Moves = []
+    receives: Moves = []
     for tensor, shares in zip(tensors, heads, strict=True):
         # Laid out token by token, so that every run of tokens is one piece of memory.
-        local = tensor.permute(2, 0, 1, 3)
+        local = tensor.detach().permute(2, 0, 1, 3)
         shape = (layout.length, *local.shape[1:2], len(shares[own]), local.shape[3])
         whole = local.new_empty(shape)
         for peer, share in enumerate(shares):
             for run in layout.runs(peer):
                 if peer == own:
                     tokens = layout.local(peer, run)
-                    whole[run.start : run.stop] = local[tokens.start : tokens.stop, :, _cut(share)]
+                    whole[_cut(run)] = local[_cut(tokens), :, _cut(share)]
                 else:
-                    receives.append((peer, whole[run.start : run.stop]))
+                    receives.append((peer, whole[_cut(run)]))
             if peer != own:
                 packed = local[:, :, _cut(share)].contiguous()
                 for run in layout.runs(own):
-                    tokens = layout.local(own, run)
-                    sends.append((peer, packed[tokens.start : tokens.stop]))
+                    sends.append((peer, packed[_cut(layout.local(own, run))]))
         gathered.append(whole.permute(1, 2, 0, 3))
-    _exchange(shard, sends, receives)
-    return gathered
+    return gathered, sends, receives
 
 
-def _to_tokens(
-    shard: Shard, heads: tuple[tuple[range, ...], ...], totals: list[int], tensors: Any
-) -> list[Tensor]:
-    """The inverse of `_to_heads`; what came from a head that several ranks have is added up."""
+def _to_tokens(shard: Shard, tensors: Sequence[Tensor]) -> tuple[list[list[Tensor]], Moves, Moves]:
+    """The inverse of `_to_heads`: from every rank ``[tokens, batch, its heads, dim]``."""
     layout = shard.layout.within(shard.ulysses)
     own = shard.rank % shard.ulysses
-    shares_of, sends, receives = [], [], []
-    for tensor, shares in zip(tensors, heads, strict=True):
-        whole = tensor.permute(2, 0, 1, 3)
+    parts: list[list[Tensor]] = []
+    sends: Moves = []
+    receives: Moves = []
+    for tensor in tensors:
+        whole = tensor.detach().permute(2, 0, 1, 3)
         arrived = []
-        for peer, share in enumerate(shares):
+        for peer in range(layout.ranks):
             if peer == own:
-                mine = [whole[run.start : run.stop] for run in layout.runs(own)]
+                mine = [whole[_cut(run)] for run in layout.runs(own)]
                 arrived.append(mine[0] if len(mine) == 1 else concatenate(mine))
                 continue
-            shape = (layout.share, *whole.shape[1:2], len(share), whole.shape[3])
-            incoming = whole.new_empty(shape)
+            incoming = whole.new_empty(layout.share, *whole.shape[1:])
             for run in layout.runs(own):
-                tokens = layout.local(own, run)
-                receives.append((peer, incoming[tokens.start : tokens.stop]))
+                receives.append((peer, incoming[_cut(layout.local(own, run))]))
             for run in layout.runs(peer):
-                sends.append((peer, whole[run.start : run.stop].contiguous()))
+                sends.append((peer, whole[_cut(run)].contiguous()))
             arrived.append(incoming)
-        shares_of.append(arrived)
-    _exchange(shard, sends, receives)
-    return [
-        _all_heads(arrived, shares, total)
-        for arrived, shares, total in zip(shares_of, heads, totals, strict=True)
-    ]
+        parts.append(arrived)
+    return parts, sends, receives
 
 
-def _all_heads(arrived: list[Tensor], shares: tuple[range, ...], total: int) -> Tensor:
-    """``[tokens, batch, some heads, dim]`` of every rank as ``[batch, all heads, tokens, dim]``."""
-    if len(shares) * len(shares[0]) == total:
-        return concatenate(arrived, dim=2).permute(1, 2, 0, 3)
-    wide = torch.float64 if arrived[0].dtype == torch.float64 else torch.float32
+def _all_heads(parts: list[tuple[range, Tensor]]) -> Tensor:
+    """``[batch, all heads, tokens, dim]`` of parts ``[tokens, batch, some heads, dim]``.
+
+    What came of a head that several ranks have is added up.
+    """
+    parts = sorted(parts, key=lambda part: part[0].start)
+    total = parts[-1][0].stop
+    first = parts[0][1]
+    if sum(len(heads) for heads, _ in parts) == total:
+        return concatenate([part for _, part in parts], dim=2).permute(1, 2, 0, 3)
+    wide = torch.float64 if first.dtype == torch.float64 else torch.float32
     by_head = [
         sum(
-            (part.to(wide) for part, share in zip(arrived, shares, strict=True) if head in share),
-            start=torch.zeros_like(arrived[0], dtype=wide),
+            (part.to(wide) for heads, part in parts if head in heads),
+            start=torch.zeros_like(first, dtype=wide),
         )
         for head in range(total)
     ]
-    return concatenate(by_head, dim=2).to(arrived[0].dtype).permute(1, 2, 0, 3)
-
-
-def _exchange(
-    shard: Shard, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]
-) -> None:
-    exchange = start_exchange(shard.neighbours, sends, receives)
-    shard.bytes_sent += exchange.bytes_sent
-    exchange.wait()
+    return concatenate(by_head, dim=2).to(first.dtype).permute(1, 2, 0, 3)
 
 
 def _cut(share: range) -> slice:

@@ -1,7 +1,8 @@
 """Attention whose keys' gradients are float32 although its inputs are of 16 bits.
 
 Autograd would round them to the keys' dtype at once. Where gradients of several calls, or of
-several ranks, are added, each would then have been rounded before.
+several ranks, are added, each would then have been rounded before. So there the backward pass is
+Triton's, whatever is the fastest; the forward pass is by the fastest that returns the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -12,23 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_plugin.ops.attention import attention
-from hf_attn_plugin.ops.backend import (
-    Backend,
-    capability_of,
-    choose_backend,
-    installed_packages,
-    refuses,
-)
-from hf_attn_plugin.ops.call import Call
-from hf_attn_plugin.ops.torch.blocked import blocked_attention
+from hf_attn_plugin.ops.attention import attention, call_of
+from hf_attn_plugin.ops.backend import Backend, refuses
 from hf_attn_plugin.parallel.merge import sinks_gradient
 from hf_attn_plugin.parallel.pieces import PieceKernel, Pieces
 from hf_attn_plugin.patterns import Pattern
 
-_INSTALLED = installed_packages()
-# Takes the gradients of keys and of values, ``[batch, kv_heads, tokens, dim]``.
-Keep = Callable[[Tensor, Tensor], None]
+# Takes the gradients of keys and of values, ``[batch, kv_heads, tokens, dim]``; None for one that
+# nobody needs.
+Keep = Callable[[Tensor | None, Tensor | None], None]
 
 
 def attend(
@@ -87,32 +80,14 @@ def wide_kernel(
 ) -> PieceKernel | None:
     """The kernel that gives keys' gradients in float32, or None for one that does not.
 
-    None for inputs that are not rounded to 16 bits, and where FlashAttention-4 computes: by as much
-    as it is faster, more is lost than a rounding.
+    None for inputs that are not rounded to 16 bits, and on a GPU where Triton's kernels refuse.
     """
     wanted = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
     if not wanted or query.dtype not in (torch.float16, torch.bfloat16):
         return None
-    call = Call(
-        batch=query.shape[0],
-        heads=query.shape[1],
-        kv_heads=key.shape[1],
-        head_dim=query.shape[3],
-        value_dim=value.shape[3],
-        dtype=query.dtype,
-        device_type=query.device.type,
-        capability=capability_of(query.device),
-        softcap=softcap,
-        sinks=sinks,
-        need_lse=False,
-        compiling=False,
-        needs_grad=True,
-        installed=_INSTALLED,
-    )
+    call = call_of(query, key, value, softcap=softcap, sinks=sinks, need_lse=True, needs_grad=True)
 
     def choose() -> PieceKernel | None:
-        if choose_backend(pattern, call).backend is Backend.FLASH_ATTENTION_4:
-            return None
         if pattern.q_len and pattern.kv_len and refuses(Backend.TRITON, pattern, call) is None:
             return PieceKernel.TRITON
         return None if call.device_type == "cuda" else PieceKernel.BLOCKED
@@ -139,7 +114,7 @@ def wide_attention(
         key: Requires a gradient; autograd goes on from it with none.
         value: The same.
         pattern: Which pairs attend.
-        kernel: Of `wide_kernel`.
+        kernel: Of the backward pass (`wide_kernel`).
         keep: Called in the backward pass.
         scaling: Factor on the scores, above 0.
         softcap: As in `ops.attention`.
@@ -161,15 +136,16 @@ class _WideAttention(torch.autograd.Function):
         pieces: Pieces,
         keep: Keep,
     ) -> Tensor:
-        if pieces.kernel is PieceKernel.TRITON:
-            from hf_attn_plugin.ops.triton.attention import triton_attention as attend
-        else:
-            attend = blocked_attention
-        scaling, softcap = pieces.scaling, pieces.softcap
-        with torch.autocast(query.device.type, enabled=False):
-            output, lse = attend(
-                query, key, value, pattern, scaling=scaling, softcap=softcap, sinks=sinks
-            )
+        output, lse = attention(
+            query,
+            key,
+            value,
+            pattern,
+            scaling=pieces.scaling,
+            softcap=pieces.softcap,
+            sinks=sinks,
+            need_lse=True,
+        )
         ctx.save_for_backward(query, key, value, sinks, output, lse)
         ctx.pattern, ctx.pieces, ctx.keep = pattern, pieces, keep
         return output

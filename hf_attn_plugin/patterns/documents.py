@@ -64,6 +64,24 @@ def numbers_tokens(config: Any) -> bool:
     return getattr(config, "model_type", None) != "decision_transformer"
 
 
+def number_chunks(documents: Tensor, size: int, first: Tensor) -> Tensor:
+    """Numbers of (document, chunk) pairs; chunks start anew in every document (Llama 4).
+
+    Args:
+        documents: int64 ``[batch or 1, tokens]``.
+        size: Tokens of a chunk.
+        first: int64 ``[batch or 1, 1]``, the first valid token: padding before it does not count.
+
+    Returns:
+        int64 ``[batch or 1, tokens]``.
+    """
+    length = documents.shape[1]
+    index = torch.arange(length, device=documents.device)[None]
+    starts = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    first = torch.maximum(torch.where(starts, index, 0).cummax(1).values, first)
+    return documents * (length + 1) + (index - first).div(size, rounding_mode="floor")
+
+
 def number_in_cache(starts: Tensor, first: int | Tensor, kv_length: int) -> Tensor:
     """Document numbers of all keys of a cache, in operations that look at no value.
 

@@ -26,6 +26,7 @@ _PER_TOKEN = (
     "shift_labels",
     "global_attention_mask",
 )
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k")
 # Said by the lengths already, or read by recurrent kernels alone.
 _BESIDE_LENGTHS = ("max_length_q", "max_length_k", "seq_idx")
@@ -78,6 +79,11 @@ class WholeBatch:
         mask = self.tensors.get("attention_mask")
         return None if mask is None or bool(mask.all()) else mask.bool()
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether there is anything to compute a loss from."""
+        return bool({"labels", "shift_labels"} & self.tensors.keys())
+
     def documents(self, config: Any) -> Tensor | None:
         """int64 ``[batch or 1, length]``, the packed document of each token; None for one a row."""
         if self.lengths is not None:
@@ -112,7 +118,7 @@ class WholeBatch:
                 continue
             said[f"the shape of {name}"] = [str(tensor.dtype), *tensor.shape]
         for name, tensor in tensors.items():
-            if tensor is not None and not tensor.is_floating_point():
+            if tensor is not None:
                 said[f"the content of {name} (a checksum)"] = _checksum(tensor)
         said["options"] = {name: repr(value) for name, value in self.options.items()}
         return said
@@ -217,6 +223,10 @@ def _read_lengths(batch: Mapping[str, Any], tokens: Tensor) -> Tensor | None:
 
 
 def _checksum(tensor: Tensor) -> int:
+    """Of all values and their places; of embeddings, whose bits are added up, of every token's."""
+    if tensor.is_floating_point():
+        tensor = tensor.detach().view(_BITS[tensor.itemsize])
+        tensor = tensor.sum(-1, dtype=torch.int64) if tensor.ndim == 3 else tensor
     flat = tensor.reshape(-1).to(torch.int64)
     weights = torch.arange(flat.shape[0], device=flat.device) % 8191 + 1
     return int((flat * weights).sum())

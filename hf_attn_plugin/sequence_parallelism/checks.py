@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -120,6 +121,16 @@ def fingerprint(base: PreTrainedModel) -> str:
     text: Any = base.config.get_text_config()
     parameters = getattr(text, "attn_params", None)
     return f"{type(base).__qualname__} {text._attn_implementation} {parameters}"
+
+
+def loss_function(base: PreTrainedModel) -> Any:
+    """What makes the loss of a model's labels; whoever trains it may put another in its place."""
+    return getattr(base, "loss_function", None)
+
+
+def reference(thing: Any) -> weakref.ref[Any]:
+    """Something that may belong to a model, without keeping that alive."""
+    return weakref.WeakMethod(thing) if inspect.ismethod(thing) else weakref.ref(thing)
 
 
 def signature_of(base: PreTrainedModel) -> inspect.Signature:

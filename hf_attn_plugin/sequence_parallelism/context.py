@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import types
 import weakref
@@ -26,6 +27,8 @@ from hf_attn_plugin.sequence_parallelism.checks import (
     check_model,
     computes_anew,
     fingerprint,
+    loss_function,
+    reference,
     signature_of,
     transformers_model,
     unwrapped,
@@ -47,8 +50,26 @@ if TYPE_CHECKING:
 
 _TIMEOUT = datetime.timedelta(minutes=10)
 # What was found of models, which does not change from batch to batch.
-_REHEARSALS: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Rehearsal, int]]]
-_REHEARSALS = weakref.WeakKeyDictionary()
+_REHEARSALS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Found]] = weakref.WeakKeyDictionary()
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What is known of a model that was spread before.
+
+    Attributes:
+        rehearsal: What it does to tokens.
+        memory: Bytes of the smallest GPU among the ranks.
+        loss: Its loss function, as it was then; None for batches without labels.
+    """
+
+    rehearsal: Rehearsal
+    memory: int
+    loss: weakref.ref[Any] | None
+
+    def holds(self, loss: Any) -> bool:
+        """Whether the loss function is still that one."""
+        return loss is None if self.loss is None else self.loss() == loss
 
 
 def sequence_parallel(
@@ -169,15 +190,19 @@ class SequenceParallel:
         whole, base, inner = agree(group, look, timeout)
         key = (fingerprint(base), *sorted(whole.tensors))
         known = _REHEARSALS.setdefault(inner, {})
-        if key not in known:
+        loss = loss_function(base) if whole.has_labels else None
+        same = key in known and known[key].holds(loss)
+        # One rank may know more than the others: it may have been alone with the model.
+        if not least(group, int(same), timeout):
 
             def try_out() -> tuple[Rehearsal, dict[str, Any]]:
                 found = rehearse(inner, base.config, signature_of(base), whole)
                 return found, {"what a rehearsal of the model shows": repr(found)}
 
             found = agree(group, try_out, timeout)
-            known[key] = found, least(group, gpu_bytes(whole.tokens.device), timeout)
-        self._rehearsal, memory = known[key]
+            memory = least(group, gpu_bytes(whole.tokens.device), timeout)
+            known[key] = Found(found, memory, None if loss is None else reference(loss))
+        self._rehearsal, memory = known[key].rehearsal, known[key].memory
         join_all(group, whole.tokens.device)
         self._model, self._base, self._print = inner, base, fingerprint(base)
         self._length = whole.length

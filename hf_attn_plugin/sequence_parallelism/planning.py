@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from hf_attn_plugin.methods.sharding import WholeRows
-from hf_attn_plugin.parallel.choice import MEMORY, Choice, Shapes, choose, suggested_length
+from hf_attn_plugin.parallel.choice import MEMORY, Choice, choose, suggested_length
+from hf_attn_plugin.parallel.estimates import Shapes
 from hf_attn_plugin.parallel.layout import Layout
 from hf_attn_plugin.parallel.shard import SCHEDULES
 from hf_attn_plugin.patterns import Pattern

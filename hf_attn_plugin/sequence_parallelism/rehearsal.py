@@ -380,8 +380,7 @@ def rehearse(
     with torch.random.fork_rng(devices=devices), torch.no_grad(), _evaluating(model):
         plain = rehearsed.check_mixing()
         positions = rehearsed.numbering()
-        labelled = bool({"labels", "shift_labels"} & whole.tensors.keys())
-        loss = rehearsed.loss(plain) if labelled else None
+        loss = rehearsed.loss(plain) if whole.has_labels else None
     kinds = collections.Counter(_kind(*call) for call in plain.rows.calls)
     return Rehearsal(dict(kinds), positions, loss, rehearsed.options)
 

@@ -137,3 +137,17 @@ def differences(case: Case, results: list[dict[str, Any]]) -> dict[str, float]:
         name: float((found[name] - want).abs().max() / want.abs().max().clamp(min=1.0))
         for name, want in expected.items()
     }
+
+
+def errors_by_one_process(case: Case, results: list[dict[str, Any]]) -> dict[str, float]:
+    """Errors over those of one process."""
+    found = joined(case, results)
+    # By the kernel that computes the parts, which returns the log-sum-exp.
+    once = alone(case, need_lse=True)
+    # The same rounded inputs, computed with exactly.
+    exact = alone(case, dtype=torch.float64)
+    return {name: rms(found[name] - exact[name]) / rms(once[name] - exact[name]) for name in exact}
+
+
+def rms(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt())

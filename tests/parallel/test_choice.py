@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 
-from hf_attn_plugin.parallel.choice import Shapes, choose, choose_way, suggested_length
+from hf_attn_plugin.parallel.choice import choose, choose_way, suggested_length
+from hf_attn_plugin.parallel.estimates import Shapes
 from hf_attn_plugin.parallel.layout import Layout
 from hf_attn_plugin.parallel.plan import make_plan
 from hf_attn_plugin.patterns import Pattern
@@ -32,10 +33,39 @@ def test_long_causal_attention_exchanges_heads() -> None:
     choice = choose(whole(131072), 2, GROUPED)
     assert (choice.schedule, choice.ulysses, choice.layout.chunks) == ("ulysses", 2, 1)
     (way,) = choice.ways
-    assert way.exposed == pytest.approx(4.8e-3, rel=0.05)
+    assert way.groups == 2
+    assert way.exposed == pytest.approx(way.hidden, rel=0.1)
+    assert way.exposed + way.hidden == pytest.approx(4.9e-3, rel=0.05)
     assert 0.40 < way.seconds < 0.46  # 900 ms on one GPU by cuDNN, forward and backward
-    assert "1.3 % above perfect balance" in choice.reason
-    assert str(choice).startswith("contiguous over 2 ranks: ulysses (")
+    assert "4.71 ms (1.1 %) above perfect balance" in choice.reason
+    assert "ulysses in 2 groups of heads: estimated 442" in choice.reason
+    assert str(choice).startswith("contiguous over 2 ranks: ulysses in 2 groups of heads (")
+    # A fourth of the transfers: not worth a further call.
+    assert choose(whole(32768), 2, GROUPED).ways[0].groups == 1
+
+
+def test_of_next_to_nothing_no_share_is_told() -> None:
+    reason = choose(whole(256), 2, GROUPED).reason
+    assert "%" not in reason
+    assert " ms above perfect balance" in reason
+
+
+def test_sums_in_float32_cost_all_of_a_call() -> None:
+    """Half of what the second rank sees, the first one sees too: the whole call is slower."""
+    contiguous = Layout.contiguous(65536, 2)
+    way = choose_way(whole(65536), contiguous, GROUPED, schedule="gather")
+    wide = dataclasses.replace(GROUPED, itemsize=4)
+    plain = choose_way(whole(65536), contiguous, wide, schedule="gather")
+    moved = 2 * (32768 * 8 * 256 * 2) / 280e9  # what float32 travels longer, at most
+    backward = 2.5 / 550 / (1 / 600 + 2.5 / 550)
+    assert way.seconds > plain.seconds * (1 + 0.2 * backward) - moved
+    # As it is where several ranks have the same KV head.
+    few = Shapes(heads=32, kv_heads=1, head_dim=128)
+    shared, own = (
+        choose_way(whole(65536), contiguous, shapes, schedule="ulysses").seconds
+        for shapes in (few, dataclasses.replace(few, kv_heads=2))
+    )
+    assert shared > 1.1 * own
 
 
 def test_sums_of_rounded_gradients_are_avoided() -> None:
@@ -51,9 +81,9 @@ def test_a_window_fetches_a_halo() -> None:
     for ranks in (2, 8):
         choice = choose(whole(262144, band=4096), ranks, GROUPED)
         assert (choice.schedule, choice.ulysses, choice.layout.chunks) == ("gather", 1, 1)
-        assert choice.ways[0].exposed < 0.2e-3
+        assert choice.ways[0].exposed < 0.3e-3
     exchanged = choose(whole(262144, band=4096), 2, GROUPED, schedule="ulysses")
-    assert exchanged.seconds > 1.1 * choose(whole(262144, band=4096), 2, GROUPED).seconds
+    assert exchanged.seconds > 1.05 * choose(whole(262144, band=4096), 2, GROUPED).seconds
 
 
 def test_causal_attention_without_exchange_is_head_tail() -> None:

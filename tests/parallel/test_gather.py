@@ -16,7 +16,15 @@ from hf_attn_plugin.parallel.exchange import Exchange, start_exchange
 from hf_attn_plugin.parallel.traffic import make_traffic
 from hf_attn_plugin.patterns import Pattern
 from tests.parallel.processes import run_processes
-from tests.parallel.sharding import Case, alone, differences, joined, make_shard, sharded
+from tests.parallel.sharding import (
+    Case,
+    alone,
+    differences,
+    errors_by_one_process,
+    joined,
+    make_shard,
+    sharded,
+)
 
 CAUSAL = Case("causal", schedule="gather")
 WINDOW = Case("window", {"window": 20}, chunks=1, length=256, schedule="gather")
@@ -56,6 +64,7 @@ class Stack:
     ranks: int
     chunks: int = 1
     ulysses: int = 1
+    schedule: str = "gather"
     layers: int = 2
     whole_layer: bool = True
     checkpointed: str | None = None
@@ -63,7 +72,7 @@ class Stack:
 
     def loss(self, rank: int) -> dict[str, Tensor]:
         case = Case("stack", self.terms, batch=1, chunks=self.chunks, ulysses=self.ulysses)
-        case = dataclasses.replace(case, schedule="gather", head_groups=2)
+        case = dataclasses.replace(case, schedule=self.schedule, head_groups=2)
         pattern = case.pattern()
         shard = make_shard(case, rank, self.ranks) if self.ranks > 1 else None
         made = torch.Generator().manual_seed(1)
@@ -84,8 +93,8 @@ class Stack:
             return sharded_attention(query, key, value, pattern, shard, scaling=0.3)
 
         def layer(state: Tensor, weight: Tensor) -> Tensor:
-            split = (state @ weight).unflatten(-1, (8, 8)).transpose(1, 2)
-            parts = (split[:, :4], split[:, 4:6], split[:, 6:])
+            split = (state @ weight).unflatten(-1, (16, 4)).transpose(1, 2)
+            parts = (split[:, :8], split[:, 8:12], split[:, 12:])
             if self.checkpointed is None or self.whole_layer:
                 output = attend(*parts)
             else:
@@ -109,8 +118,12 @@ def stacks(rank: int, stacks: list[Stack]) -> list[dict[str, Tensor]]:
 
 # With a window, the third and fourth of four ranks have padding alone and nothing to compute.
 PATTERNS = {
-    2: [({"window": 6}, 1, 1), ({}, 2, 1)],
-    4: [({**PADDED, "window": 6}, 1, 1), ({**PADDED, "causal": False}, 1, 2)],
+    2: [({"window": 6}, 1, 1, "gather"), ({}, 2, 1, "gather"), ({}, 2, 1, "ulysses")],
+    4: [
+        ({**PADDED, "window": 6}, 1, 1, "gather"),
+        ({**PADDED, "causal": False}, 1, 2, "gather"),
+        ({**PADDED, "window": 6}, 1, 2, "ring"),
+    ],
 }
 CHECKPOINTS = [("reentrant", True), ("not reentrant", True), ("not reentrant", False)]
 
@@ -118,8 +131,8 @@ CHECKPOINTS = [("reentrant", True), ("not reentrant", True), ("not reentrant", F
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_checkpointed_layers(ranks: int) -> None:
     made = [
-        Stack(terms, ranks, chunks, ulysses, whole_layer=whole, checkpointed=how)
-        for terms, chunks, ulysses in PATTERNS[ranks]
+        Stack(terms, ranks, chunks, ulysses, schedule, whole_layer=whole, checkpointed=how)
+        for terms, chunks, ulysses, schedule in PATTERNS[ranks]
         for how, whole in CHECKPOINTS
     ]
     by_rank = run_processes(stacks, ranks, made)
@@ -217,10 +230,6 @@ def test_gradients_of_one_tensor_alone_and_twice() -> None:
 # -- rounding --------------------------------------------------------------------------------------
 
 
-def rms(tensor: Tensor) -> float:
-    return float(tensor.double().square().mean().sqrt())
-
-
 def rounded_before(rank: int, case: Case, ranks: int) -> dict[str, Any]:
     """The same kernel, with keys' gradients rounded before they are added."""
 
@@ -230,16 +239,6 @@ def rounded_before(rank: int, case: Case, ranks: int) -> dict[str, Any]:
     wide.wide_kernel = lambda *args, **flags: None  # type: ignore[assignment]
     wide.attention = blocked  # type: ignore[attr-defined]
     return sharded(rank, case, ranks)
-
-
-def errors_by_one_process(case: Case, results: list[dict[str, Any]]) -> dict[str, float]:
-    """Errors over those of one process."""
-    found = joined(case, results)
-    # By the kernel that computes the parts, which returns the log-sum-exp.
-    once = alone(case, need_lse=True)
-    # The same rounded inputs, computed with exactly.
-    exact = alone(case, dtype=torch.float64)
-    return {name: rms(found[name] - exact[name]) / rms(once[name] - exact[name]) for name in exact}
 
 
 def test_bfloat16_rounds_as_often_as_one_process() -> None:
@@ -278,25 +277,6 @@ def test_far_apart_runs_of_queries_do_not_span_what_lies_between() -> None:
     assert not traffic.gaps
     sinks = make_traffic(pattern.replace(num_sink_tokens=1), Layout(4096, 4, 2), 1)
     assert [len(gap) for gap in sinks.gaps] == [512 - 2 * 128, 3072 - 128 - 1024]
-
-
-def test_heads_travel_in_groups_where_transfers_take_long() -> None:
-    def groups(ranks: int, window: int | None = None, chosen: int | None = None) -> int:
-        layout = Layout(32768, ranks, 2)
-        pattern = Pattern(q_len=32768, kv_len=32768, window=window)
-        query, key = (
-            torch.empty(1, heads, layout.share, 128, device="meta", dtype=torch.bfloat16)
-            for heads in (32, 8)
-        )
-        traffic = make_traffic(pattern, layout, 0)
-        shard = Shard(layout, 0, head_groups=chosen)
-        made = gather._groups(shard, traffic, query, key, key)
-        assert [head for group in made for head in group] == list(range(8))
-        return len(made)
-
-    assert [groups(ranks) for ranks in (2, 4, 8)] == [1, 2, 4]
-    assert groups(2, window=1024) == 1
-    assert [groups(2, chosen=number) for number in (1, 2, 3, 8, 100)] == [1, 2, 2, 8, 8]
 
 
 # -- refusals --------------------------------------------------------------------------------------

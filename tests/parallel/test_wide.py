@@ -81,7 +81,7 @@ def test_gradients_of_keys_are_not_rounded(pattern: Pattern) -> None:
     assert wide[2].grad is None
     assert error(output, wanted) < torch.finfo(DTYPE).eps / 2
     assert error(wide[3].grad, exact[3].grad) < torch.finfo(DTYPE).eps / 2
-    assert torch.equal(wide[0].grad, rounded[0].grad)
+    assert error(wide[0].grad, exact[0].grad) < 1.05 * error(rounded[0].grad, exact[0].grad)
     for found, before, target in zip(kept, rounded[1:], exact[1:], strict=False):
         assert found.dtype == torch.float32
         assert error(found, target.grad) < 0.9 * error(before.grad, target.grad)

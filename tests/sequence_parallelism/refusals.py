@@ -34,6 +34,14 @@ def contents(rank: int) -> Any:
     return _llama(input_ids=random_ids(2, 50, seed=rank))
 
 
+def embeddings(rank: int) -> Any:
+    """One number of one token differs."""
+    made = torch.Generator().manual_seed(0)
+    embeds = torch.randn(2, 50, 32, generator=made)
+    embeds[1, 7, 5] += rank * 1e-3
+    return make_model(LLAMA, "ring"), {"inputs_embeds": embeds}, {}
+
+
 def settings(rank: int) -> Any:
     return (*_llama()[:2], {"schedule": ("ring", "gather")[rank]})
 
@@ -178,6 +186,7 @@ REFUSED: dict[Callable[[int], Any], str] = {
     r" on rank 1 of 2",
     dtypes: r"shape of attention_mask .*int64.*on rank 0 and .*int32.* on rank 1",
     contents: r"content of input_ids \(a checksum\) is \d+ on rank 0 and \d+ on rank 1",
+    embeddings: r"content of inputs_embeds \(a checksum\) is -?\d+ on rank 0 and -?\d+ on rank 1",
     settings: r"schedule is ring on rank 0 and gather on rank 1",
     names: r"ring None on rank 0 and .* flash None on rank 1",
     an_error_on_one: r"refused on rank 1 of 2: .*'pixel_values'.*The batch may hold input_ids",
@@ -203,14 +212,37 @@ REFUSED: dict[Callable[[int], Any], str] = {
 }
 
 
+def known_to_one(rank: int) -> torch.Tensor:
+    """Spread by two ranks, after one of them had the model to itself."""
+    groups = [torch.distributed.new_group([each]) for each in range(2)]
+    model, batch, options = _llama()
+    options["timeout"] = SOON
+    if rank == 0:
+        with hf_attn_plugin.sequence_parallel(groups[0], model, batch, **options) as shard:
+            model(**shard.batch)
+    with hf_attn_plugin.sequence_parallel(None, model, batch, **options) as shard:
+        return shard.gather(model(**shard.batch).logits)
+
+
+def other_loss_on_one(rank: int) -> str:
+    """A loss function is replaced, by one of two ranks, after a block."""
+    model, batch, options = _llama()
+    with hf_attn_plugin.sequence_parallel(None, model, batch, **options):
+        pass
+    if rank:
+        model.loss_function = lambda logits, **kwargs: logits.mean()
+    return refused(model, batch, {"timeout": SOON})
+
+
+def refused(model: Any, batch: dict[str, Any], options: dict[str, Any]) -> str:
+    """What is said against it."""
+    try:
+        hf_attn_plugin.sequence_parallel(None, model, batch, **{"timeout": SOON, **options})
+    except (ValueError, TimeoutError) as error:
+        return str(error)
+    return "nothing"
+
+
 def refuse(rank: int, names: list[str]) -> dict[str, str]:
     """What each of these says on this rank."""
-    said = {}
-    for name in names:
-        try:
-            model, batch, options = globals()[name](rank)
-            hf_attn_plugin.sequence_parallel(None, model, batch, **{"timeout": SOON, **options})
-            said[name] = "nothing"
-        except (ValueError, TimeoutError) as error:
-            said[name] = str(error)
-    return said
+    return {name: refused(*globals()[name](rank)) for name in names}

@@ -10,8 +10,15 @@ import torch
 
 import hf_attn_plugin
 from tests.parallel.processes import run_processes
-from tests.sequence_parallelism.cases import LENGTH
-from tests.sequence_parallelism.refusals import REFUSED, late, refuse
+from tests.sequence_parallelism.cases import LENGTH, make_batch, make_model
+from tests.sequence_parallelism.refusals import (
+    LLAMA,
+    REFUSED,
+    known_to_one,
+    late,
+    other_loss_on_one,
+    refuse,
+)
 from tests.tiny import random_ids, tiny_model
 
 
@@ -28,6 +35,42 @@ def test_every_rank_says_the_same(function: Any, said: list[dict[str, str]]) -> 
         assert re.search("refused on rank 0 of 2: it waited 1 s and gave up", second), second
     else:
         assert second == first
+
+
+def test_a_model_that_one_rank_had_to_itself_is_tried_out_by_all() -> None:
+    expected = make_model(LLAMA, "flash")(**make_batch("plain", "llama")).logits
+    for logits in run_processes(known_to_one, 2):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_function_that_one_rank_replaced() -> None:
+    first, second = run_processes(other_loss_on_one, 2)
+    assert first == second
+    assert re.search("refused on rank 1 of 2: .*its loss is no cross-entropy", first), first
+
+
+def test_a_loss_function_that_was_replaced_is_tried_out() -> None:
+    model, ids = tiny_model("llama", "ring"), random_ids(1, 8)
+    batch = {"input_ids": ids, "labels": ids}
+
+    def loss() -> torch.Tensor:
+        with hf_attn_plugin.sequence_parallel(None, model, batch) as shard:
+            return model(**shard.batch).loss
+
+    usual, before = loss(), model.loss_function
+
+    def like_it(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return before(*args, **kwargs)
+
+    model.loss_function = like_it
+    assert torch.equal(loss(), usual)
+    model.loss_function = lambda logits, **kwargs: logits.mean()
+    with pytest.raises(ValueError, match="its loss is no cross-entropy over tokens"):
+        loss()
+    with hf_attn_plugin.sequence_parallel(None, model, {"input_ids": ids}) as shard:
+        model(**shard.batch)  # without labels there is none
+    model.loss_function = before
+    assert torch.equal(loss(), usual)
 
 
 def test_outside_of_it_ring_is_refused_with_the_way_out() -> None:
