@@ -11,7 +11,16 @@ import triton
 from torch import Tensor
 
 from hf_attn_plugin.ops.sparq.key_copy import GROUP
+from hf_attn_plugin.ops.triton.dispatch import on_device
 from hf_attn_plugin.ops.triton.sparq_attend import attend_kernel, whole_kernel
+from hf_attn_plugin.ops.triton.sparq_hopper import (
+    BLOCK_BYTES,
+    STAGES,
+    describe_keys,
+    hopper_whole_kernel,
+    is_hopper,
+    serves,
+)
 from hf_attn_plugin.ops.triton.sparq_quantized import quantized_score_kernel
 from hf_attn_plugin.ops.triton.sparq_scores import score_kernel, sum_kernel
 
@@ -83,6 +92,7 @@ class Tiles:
         positions: About how many positions it goes through, at most.
         per_sm: How many of them run on one multiprocessor at a time.
         whole: Whether it goes on to choose keys and attend, which one query head can.
+        once: Whether it does so by `hopper_whole_kernel`, which reads every key once.
         sum_block: Positions that a program of `sum_kernel` takes.
         sum_warps: Its warps.
         chunk: Keys that are attended to at a time.
@@ -97,6 +107,7 @@ class Tiles:
     positions: int
     per_sm: int
     whole: bool = False
+    once: bool = False
     sum_block: int = 1024
     sum_warps: int = 4
     chunk: int = 64
@@ -104,12 +115,12 @@ class Tiles:
     run: int = 32
 
 
-def choose_tiles(told: Told, settings: Settings, sm_count: int) -> Tiles:
+def choose_tiles(told: Told, settings: Settings, sm_count: int, *, hopper: bool = False) -> Tiles:
     """The tiles for a call: what was fast on an H200, and no more than its registers hold.
 
     Measured there in bfloat16, 32 query heads of 128, r=32, k=128, in microseconds: choosing and
     attending in one kernel with the scores takes 181, in two 212 (batch 8, 32768 keys, 32 KV
-    heads); with quantised keys 2 warps take 606, 4 take 713.
+    heads); with keys in 8 bits 256 positions by one warp take 216, 1024 by four 430.
     """
     heads, kv_heads, length = told["query"].shape[1], *told["keys"].shape[1:3]
     groups, itemsize = heads // kv_heads, told["query"].dtype.itemsize
@@ -118,8 +129,12 @@ def choose_tiles(told: Told, settings: Settings, sm_count: int) -> Tiles:
     rank = _power(settings.rank)
     # While some programs choose, others read: there must be several on every multiprocessor.
     whole = groups == 1 and not settings.bits and 2 * pairs >= 3 * sm_count
+    if whole and hopper and serves(told, settings):
+        block = BLOCK_BYTES // (head_dim * itemsize)
+        return Tiles(block, 4, STAGES, True, length, 1, whole=True, once=True)
     if settings.bits:
-        tiles = Tiles(GROUP, 2, 4, groups > 1, 4096, 6)
+        one = groups == 1
+        tiles = Tiles(256, 1, 2, False, 4096, 8) if one else Tiles(GROUP, 2, 4, True, 4096, 6)
     elif "keys_t" not in told:
         tiles = Tiles(max(16, 16384 // (head_dim * itemsize)), 4, 3, True, 4096, 3)
     elif groups == 1 and rank <= 32:
@@ -151,7 +166,7 @@ def launch(inputs: Inputs, settings: Settings, tiles: Tiles | None = None) -> Te
     output = query.new_empty(*query.shape[:2], 1, values.shape[3])
     if values.shape[2] == 0 or output.numel() == 0:
         return output.zero_()
-    given = {name: tensor for name, tensor in vars(inputs).items() if tensor is not None}
+    given: dict[str, Any] = {n: t for n, t in vars(inputs).items() if t is not None}
     if inputs.visible is not None:
         given["visible"] = inputs.visible.view(torch.uint8)
     told = tuple(
@@ -159,9 +174,11 @@ def launch(inputs: Inputs, settings: Settings, tiles: Tiles | None = None) -> Te
         for name, t in given.items()
     )
     calls, size = _prepare(query.device, told, settings, tiles)
+    if calls[0].kernel is hopper_whole_kernel:
+        given["key_tiles"] = describe_keys(inputs.keys, calls[0].constants["BLOCK"])
     given["scratch"] = query.new_empty(size, dtype=torch.float32)
     given["output"] = output
-    with torch.cuda.device_of(query):
+    with on_device(query):
         for call in calls:
             call(given)
     return output
@@ -190,7 +207,7 @@ class _Call:
     options: dict[str, Any]
     compiled: list[Any]
 
-    def __call__(self, given: dict[str, Tensor]) -> None:
+    def __call__(self, given: dict[str, Any]) -> None:
         tensors = [given.get(name) for name in self.tensors]
         grid = (self.programs, 1, 1)
         if self.compiled:
@@ -217,7 +234,7 @@ def _prepare(
     kv_heads, length, value_dim = told["values"].shape[1:]
     groups, pairs = heads // kv_heads, batch * kv_heads
     sm_count = _sm_count(device)
-    tiles = tiles or choose_tiles(told, settings, sm_count)
+    tiles = tiles or choose_tiles(told, settings, sm_count, hopper=is_hopper(device))
     splits = 1 if tiles.whole else _splits(pairs, length, tiles, sm_count)
     slots = _power(settings.top_k)
     size, (ranked_at, tops_at, stats_at, lists_at) = _places(
@@ -294,6 +311,27 @@ def _prepare(
         "HAS_SINKS": "sinks" in told,
         **precision,
     }
+    if tiles.once:
+        of_rows = (*v_strides, *sums, _row_stride(told, "value_count"), *masked_run)
+        at_most = (pairs, kv_heads, length, settings.local_window)
+        return [
+            made(
+                hopper_whole_kernel,
+                min(pairs, sm_count),
+                "query key_tiles values value_sum value_count first stop visible recent sinks "
+                "scratch output",
+                (*q_strides, *of_rows, *at_most, *score_factors),
+                {
+                    **of_attention,
+                    **of_scores,
+                    **has_run,
+                    "DIM": head_dim,
+                    "ROOM": _power(length, 1024),
+                    "BLOCK": tiles.score_block,
+                },
+                num_warps=4,
+            )
+        ], 2 * slots * pairs
     if tiles.whole:
         return [
             made(

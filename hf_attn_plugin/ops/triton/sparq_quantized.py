@@ -14,15 +14,37 @@ _TINY = tl.constexpr(1e-30)
 
 
 @triton.jit
-def _combine(high, low, codes, DOT: tl.constexpr):
-    """Weights times codes: of one head [rank, 1], or of several in two float16 parts."""
+def _products(high, low, codes):
+    """Weights of several heads, in two float16 parts, times codes."""
+    # A byte's bits under the exponent of 1024 are the float16 1024 + byte: no slow conversion.
+    x = (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+    return tl.dot(high, x, tl.dot(low, x))
+
+
+@triton.jit
+def _sums(weights, codes):
+    """Weights of one head [rank, groups, 1] times codes [rank, groups, bytes], over the rank."""
+    # Likewise of float32, where 2**23 is the number whose last bit counts ones.
+    x = (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    return tl.sum(x * weights, 0)
+
+
+@triton.jit
+def _affine(
+    scale_rows, offset_rows, block, blocks, used_slots, groups, numbers,
+    MANY: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Scales and offsets of a block's groups [rank, groups], of a single one [rank]."""
     if DOT:
-        # A byte's bits under the exponent of 1024 are the float16 1024 + byte: no slow conversion.
-        x = (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
-        scores = tl.dot(high, x, tl.dot(low, x))
+        ok = used_slots & (block < blocks)
+        s = tl.load(scale_rows + block, mask=ok, other=0.0)
+        o = tl.load(offset_rows + block, mask=ok, other=0.0)
     else:
-        scores = tl.sum(codes.to(tl.float32) * high, 0)[None, :]
-    return scores
+        group = block * MANY + numbers
+        ok = used_slots[:, None] & (group < groups)[None, :]
+        s = tl.load(scale_rows[:, None] + group[None, :], mask=ok, other=0.0)
+        o = tl.load(offset_rows[:, None] + group[None, :], mask=ok, other=0.0)
+    return s, o
 
 
 QUANTIZED_NUMBERS = [
@@ -52,7 +74,8 @@ def quantized_score_kernel(
     kv_heads, length, blocks: tl.int64, splits, local_window, tops_at: tl.int64, stats_at: tl.int64,
     scaling, softcap, share,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    BITS: tl.constexpr,
     DOT: tl.constexpr, STAGES: tl.constexpr, PAD: tl.constexpr, SUB: tl.constexpr,
     UNIT: tl.constexpr, RANK_COVERAGE: tl.constexpr, SOFTCAP: tl.constexpr,
     HAS_TAIL_AT: tl.constexpr,
@@ -63,8 +86,8 @@ def quantized_score_kernel(
 
     Scale and offset are those of a component and GROUP positions. The last positions are in
     ``tail`` in full, from ``tail_at`` or group ``full_groups`` on. With DOT, weight times scale is
-    split into two float16 parts, so that the products with codes are those of float32; without (one
-    query head) each thread adds up products itself.
+    split into two float16 parts, so that the products with codes are those of float32, a group at a
+    time; without (one query head) each thread adds up products itself, of BLOCK_N positions.
     """
     pair = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -92,8 +115,12 @@ def quantized_score_kernel(
     q_exact = q.to(tl.float32)
     row = components.to(tl.int64)
     bytes_of_group: tl.constexpr = GROUP * BITS // 8
+    many: tl.constexpr = BLOCK_N // GROUP
+    bytes_of_block: tl.constexpr = bytes_of_group * many
+    within = tl.arange(0, bytes_of_block)
+    numbers = tl.arange(0, many)
     codes += (batch * stride_cb + head * stride_ch) * UNIT
-    code_rows = codes + row[:, None] * (stride_cr * UNIT) + tl.arange(0, bytes_of_group)[None, :]
+    code_rows = codes + row[:, None] * (stride_cr * UNIT) + within[None, :]
     scale_rows = scale + batch * stride_sb + head * stride_sh + row * stride_sr
     offset_rows = offset + batch * stride_ob + head * stride_oh + row * stride_or
     tail_rows = tail + batch * stride_tb + head * stride_th + row * stride_tr
@@ -101,19 +128,21 @@ def quantized_score_kernel(
     tail_group = full_groups
     if HAS_TAIL_AT:
         tail_group = (tl.load(tail_at) // GROUP).to(tl.int32)
-    group = begin // GROUP
-    count = tl.cdiv(end, GROUP) - group
-    from_group = group + (split.to(tl.int64) * count // splits).to(tl.int32)
-    to_group = group + ((split + 1).to(tl.int64) * count // splits).to(tl.int32)
-    coded = tl.minimum(to_group, tail_group)
+    block = begin // BLOCK_N
+    count = tl.cdiv(end, BLOCK_N) - block
+    from_block = block + (split.to(tl.int64) * count // splits).to(tl.int32)
+    to_block = block + ((split + 1).to(tl.int64) * count // splits).to(tl.int32)
+    coded = tl.minimum(to_block, tl.cdiv(tail_group, many))
+    coded_end = tl.minimum(end, tail_group * GROUP)
 
     if DOT:
         # float16 has few exponents: weights are taken relative to the largest.
-        many = tl.arange(0, 16)
+        next_groups = tl.arange(0, 16)
         largest = tl.zeros([BLOCK_R], tl.float32)
-        for index in range(from_group, coded, 16):
-            ok = used_slots[:, None] & (index + many < coded)[None, :]
-            scales = tl.load(scale_rows[:, None] + index + many[None, :], mask=ok, other=0.0)
+        for index in range(from_block, coded, 16):
+            ok = used_slots[:, None] & (index + next_groups < coded)[None, :]
+            at = index + next_groups[None, :]
+            scales = tl.load(scale_rows[:, None] + at, mask=ok, other=0.0)
             largest = tl.maximum(largest, tl.max(scales.to(tl.float32), 1))
         unit = tl.maximum(tl.max(tl.max(tl.abs(q_exact), 1), 0) * tl.max(largest, 0), _TINY)
 
@@ -121,45 +150,53 @@ def quantized_score_kernel(
     total = tl.zeros([ROWS], tl.float32)
     tops = scratch + tops_at * 32
     padded = blocks * PAD
-    for index in tl.range(from_group, coded, num_stages=STAGES):
-        c = tl.load(code_rows + index * bytes_of_group, mask=used_slots[:, None], other=0)
-        s = tl.load(scale_rows + index, mask=used_slots, other=0.0).to(tl.float32)
-        o = tl.load(offset_rows + index, mask=used_slots, other=0.0).to(tl.float32)
-        start = index * GROUP
+    # Too narrow for asynchronous copies, scales and offsets are asked for a block ahead.
+    next_s, next_o = _affine(
+        scale_rows, offset_rows, from_block, coded, used_slots, tail_group, numbers, many, DOT
+    )
+    for index in tl.range(from_block, coded, num_stages=STAGES):
+        start = index * BLOCK_N
+        s, o = next_s.to(tl.float32), next_o.to(tl.float32)
+        next_s, next_o = _affine(
+            scale_rows, offset_rows, index + 1, coded, used_slots, tail_group, numbers, many, DOT
+        )
         if DOT:
+            c = tl.load(code_rows + index * bytes_of_block, mask=used_slots[:, None], other=0)
             weights = q_exact * s[None, :] / unit
             high = weights.to(tl.float16)
             low = (weights - high.to(tl.float32)).to(tl.float16)
             base = (tl.sum(q_exact * o[None, :], 1) * factor)[:, None]
             step = (factor * unit)[:, None]
+            if BITS == 8:
+                scores = _products(high, low, c) * step + base
+            else:
+                first_half = _products(high, low, c & 15) * step + base
+                both = tl.join(first_half, _products(high, low, c >> 4) * step + base)
+                scores = tl.reshape(tl.permute(both, (0, 2, 1)), [ROWS, BLOCK_N])
         else:
-            high = (q_exact * s)[:, None]
-            low = high
-            base = tl.sum(q_exact * o, 0) * factor[:, None]
-            step = factor[:, None]
-        if BITS == 8:
-            top, total = keep_scores(
-                _combine(high, low, c, DOT) * step + base, start, begin, end, recent, visible,
-                top, total, scratch, tops, pair, padded, softcap, SOFTCAP, HAS_MASK,
-                GROUPS, ROWS, GROUP, SUB,
-            )  # fmt: skip
-        else:
-            half: tl.constexpr = GROUP // 2
-            top, total = keep_scores(
-                _combine(high, low, c & 15, DOT) * step + base, start, begin, end, recent, visible,
-                top, total, scratch, tops, pair, padded, softcap, SOFTCAP, HAS_MASK,
-                GROUPS, ROWS, half, SUB,
-            )  # fmt: skip
-            top, total = keep_scores(
-                _combine(high, low, c >> 4, DOT) * step + base, start + half, begin, end, recent,
-                visible, top, total, scratch, tops, pair, padded, softcap, SOFTCAP, HAS_MASK,
-                GROUPS, ROWS, half, SUB,
-            )  # fmt: skip
-    if (from_group <= tail_group) & (tail_group < to_group):
-        start = tail_group * GROUP
-        within = tl.arange(0, GROUP)
-        ok = used_slots[:, None] & ((within < tail_width) & (start + within < end))[None, :]
-        k = tl.load(tail_rows[:, None] + within[None, :], mask=ok, other=0.0)
+            ok = used_slots[:, None] & (index * bytes_of_block + within
+                                        < tail_group * bytes_of_group)[None, :]  # fmt: skip
+            c = tl.load(code_rows + index * bytes_of_block, mask=ok, other=0)
+            base = tl.sum(o * q_exact[:, None], 0)[:, None]
+            weights = (s * q_exact[:, None])[:, :, None]
+            c = tl.reshape(c, [BLOCK_R, many, bytes_of_group])
+            if BITS == 8:
+                sums = _sums(weights, c) + base
+            else:
+                both = tl.join(_sums(weights, c & 15) + base, _sums(weights, c >> 4) + base)
+                sums = tl.permute(both, (0, 2, 1))
+            scores = tl.reshape(sums, [1, BLOCK_N]) * factor[:, None]
+        top, total = keep_scores(
+            scores, start, begin, coded_end, recent, visible, top, total, scratch, tops, pair,
+            padded, softcap, SOFTCAP, HAS_MASK, GROUPS, ROWS, BLOCK_N, SUB,
+        )  # fmt: skip
+    start = tail_group * GROUP
+    if (from_block <= tail_group // many) & (tail_group // many < to_block) & (start < end):
+        # It lies in a block that was written above.
+        tl.debug_barrier()
+        last = tl.arange(0, GROUP)
+        ok = used_slots[:, None] & ((last < tail_width) & (start + last < end))[None, :]
+        k = tl.load(tail_rows[:, None] + last[None, :], mask=ok, other=0.0)
         if DOT:
             scores = tl.dot(q, k, input_precision=PRECISION)
         else:

@@ -12,28 +12,28 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from hf_attn_plugin.ops.choice import most_recent
-from hf_attn_plugin.ops.sparq.decode import sparq_decode
 from hf_attn_plugin.ops.sparq.key_copy import (
     FullComponents,
-    QuantizedComponents,
-    StridedComponents,
-    allocate_copy,
 )
-from hf_attn_plugin.ops.sparq.sums import BlockSums
 from hf_attn_plugin.ops.triton import support_sparq
 from hf_attn_plugin.ops.triton.support_sparq import sparq_refuses
 from tests.ops.test_attention_property import within_budget
+from tests.ops.triton.sparq_steps import (
+    DEVICE,
+    assert_right,
+    expected,
+    make_step,
+    options_for,
+    run,
+    triton_sparq,
+)
 from tests.test_structure import imported
 
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_kernel = pytest.mark.skipif(
     not (CUDA or INTERPRETED), reason="run by test_through_the_interpreter"
@@ -49,140 +49,6 @@ def test_through_the_interpreter() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert "passed" in done.stdout
-
-
-def triton_sparq(*inputs, **options) -> Tensor:
-    from hf_attn_plugin.ops.triton.sparq import triton_sparq as operation
-
-    return operation(*inputs, **options)
-
-
-@dataclasses.dataclass
-class Step:
-    """One decoding step: a cache of which some positions are in use and visible.
-
-    Attributes:
-        query: [B, H, 1, D].
-        keys: [B, Hkv, N, D], NaN where nothing is visible.
-        values: [B, Hkv, N, Dv], likewise.
-        components: The copy, likewise.
-        first: [B], the first visible key.
-        stop: [B], one after the last.
-        mask: bool [B, N], which between them are visible; None is all.
-    """
-
-    query: Tensor
-    keys: Tensor
-    values: Tensor
-    components: Any
-    first: Tensor
-    stop: Tensor
-    mask: Tensor | None = None
-
-    @property
-    def visible(self) -> Tensor:
-        """bool [B, N]."""
-        at = torch.arange(self.keys.shape[2], device=self.keys.device)
-        seen = (at >= self.first[:, None]) & (at < self.stop[:, None])
-        return seen if self.mask is None else seen & self.mask
-
-
-def make_step(
-    batch: int,
-    kv_heads: int,
-    groups: int,
-    length: int,
-    dims: tuple[int, int] = (32, 32),
-    copy: str = "full",
-    dtype: torch.dtype = torch.float32,
-    lengths: list[tuple[int, int]] | None = None,
-    mask: bool = False,
-) -> Step:
-    """Random tensors, in buffers with room for more; ``lengths`` are (first, stop) of each row."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape).to(DEVICE, dtype)
-
-    capacity = -(-length // 128) * 128 + 128
-    keys = normal(batch, kv_heads, capacity, dims[0])[:, :, :length]
-    values = normal(batch, kv_heads, capacity, dims[1])[:, :, :length]
-    lengths = lengths or [(0, length)] * batch
-    first, stop = torch.tensor(lengths, dtype=torch.int32, device=DEVICE).T
-    seen = torch.rand(batch, length, device=DEVICE) < 0.7 if mask else None
-    query = normal(batch, groups * kv_heads, 1, dims[0]) * 2
-    step = Step(query, keys, values, None, first, stop, seen)
-    hidden = ~step.visible
-    buffer = allocate_copy(copy, keys, capacity)
-    if buffer is None:
-        step.components = StridedComponents(keys, counted=False)
-    else:
-        buffer.append(0, keys)
-        step.components = buffer.components(length)
-    if isinstance(step.components, FullComponents):
-        step.components.keys_t.masked_fill_(hidden[:, None, None], float("nan"))
-    keys.masked_fill_(hidden[:, None, :, None], float("nan"))
-    values.masked_fill_(hidden[:, None, :, None], float("nan"))
-    return step
-
-
-def run(step: Step, **options) -> Tensor:
-    """What the kernels compute."""
-    tensors: dict[str, Tensor] = {"first": step.first, "stop": step.stop}
-    if step.mask is not None:
-        tensors["visible"] = step.mask
-        window = most_recent(step.visible, options["local_window"])
-        # Where there is no window, it begins after the last position.
-        begin = torch.where(window.any(1), window.to(torch.uint8).argmax(1), window.shape[1])
-        tensors["recent"] = begin
-    if options["mean_value_reallocation"]:
-        sums = BlockSums.of(step.values, step.visible, None)
-        tensors["value_sum"] = sums.total[:, :, 0].float()
-        tensors["value_count"] = sums.seen[:, 0]
-    components = step.components
-    return triton_sparq(
-        step.query, step.keys, step.values, components=components, **tensors, **options
-    )
-
-
-def expected(step: Step, dtype: torch.dtype, **options) -> Tensor:
-    """The definition, in ``dtype``; it needs numbers where nothing is visible."""
-    components = step.components
-
-    def exact(tensor: Tensor) -> Tensor:
-        return tensor.nan_to_num(0.0).to(dtype)
-
-    if isinstance(components, FullComponents):
-        components = FullComponents(exact(components.keys_t))
-    elif isinstance(components, QuantizedComponents):
-        parts = {name: exact(getattr(components, name)) for name in ("scale", "offset", "tail")}
-        components = dataclasses.replace(components, **parts)
-    else:
-        components = None
-    if options.get("sinks") is not None:
-        options["sinks"] = exact(options["sinks"])
-    tensors = (exact(t) for t in (step.query, step.keys, step.values))
-    output, _ = sparq_decode(*tensors, components=components, visible=step.visible, **options)
-    return output
-
-
-def options_for(**changes) -> dict[str, Any]:
-    return {
-        "rank": 8,
-        "top_k": 24,
-        "local_window": 6,
-        "mean_value_reallocation": True,
-        **changes,
-    }
-
-
-def assert_right(step: Step, **options) -> Tensor:
-    """Within the budget of the definition; returns what the kernels computed."""
-    got = run(step, **options)
-    want = expected(step, torch.float64, **options)
-    plain = expected(step, step.query.dtype, **options)
-    assert got.shape == want.shape
-    within_budget("output", got, want, plain, step.query.dtype, options)
-    return got
 
 
 @in_kernel
@@ -331,6 +197,45 @@ def test_tail_of_a_static_cache(bits: int) -> None:
 
 
 @in_kernel
+@pytest.mark.parametrize("whole", [False, True])
+def test_coverage_of_equal_keys(whole: bool) -> None:
+    """Of keys that have the same mass, the first ones are needed; the window comes before them."""
+    from hf_attn_plugin.ops.triton.sparq_launch import Tiles
+
+    step = make_step(1, 1, 1, 64, (32, 64))
+    step.query.zero_()
+    step.values[:] = torch.eye(64, device=DEVICE)
+    tiles = Tiles(64, 4, 2, False, 64, 1, whole=whole, run=8, chunk=16)
+    for share, wanted in ((0.25, [*range(12), *range(60, 64)]), (0.01, [*range(60, 64)])):
+        got = run(
+            step,
+            tiles=tiles,
+            rank=8,
+            top_k=40,
+            local_window=4,
+            coverage=share,
+            mean_value_reallocation=False,
+        )
+        assert got[0, 0, 0].nonzero().flatten().tolist() == wanted
+
+
+@in_kernel
+def test_coverage_beside_sinks() -> None:
+    """Shares are of what the keys have: a sink that takes most leaves the choice as it is."""
+    torch.manual_seed(0)
+    step = make_step(1, 1, 2, 60)
+    step.query.mul_(0.5)
+    kept = []
+    for sink in (None, 6.0):
+        sinks = None if sink is None else torch.full((2,), sink, device=DEVICE)
+        step.values[..., :32] = torch.eye(60, device=DEVICE)[:, :32]
+        options = options_for(coverage=0.6, sinks=sinks, mean_value_reallocation=False, top_k=50)
+        kept.append(assert_right(step, **options)[0, 0, 0] > 0)
+    assert torch.equal(*kept)
+    assert 0 < kept[0].sum() < 32
+
+
+@in_kernel
 def test_lengths_of_any_integer_type() -> None:
     torch.manual_seed(0)
     step = make_step(2, 1, 1, 150)
@@ -424,6 +329,46 @@ def test_kernels_compile_at_powers_of_two(kv_heads: int, monkeypatch: pytest.Mon
         lengths = random.Random(power).sample(range(2**power + 1, 2 ** (power + 1)), 40)
         assert {kernels(length) for length in lengths} == {first}
     assert kernels(2**17 + 1) > first
+
+
+@in_kernel
+def test_when_keys_are_read_once() -> None:
+    """By the kernel for Hopper GPUs, of what it takes; `test_sparq_hopper_gpu` runs it."""
+    from hf_attn_plugin.ops.triton.sparq_launch import Layout, Settings, choose_tiles
+
+    strides = (32 * 4224 * 128, 4224 * 128, 128, 1)
+    rows = Layout((64, 32, 4096, 128), strides, torch.bfloat16, True)
+    told = {
+        "query": Layout((64, 32, 1, 128), (4096, 128, 128, 1), torch.bfloat16, True),
+        "keys": rows,
+        "values": rows,
+    }
+    settings = Settings(32, 128, 32, 0, None, None, 0.1, None)
+
+    def once(hopper: bool = True, settings: Settings = settings, **changes: Layout) -> bool:
+        return choose_tiles({**told, **changes}, settings, 132, hopper=hopper).once
+
+    def keys(*shape: int, stride: tuple[int, ...] = strides, aligned: bool = True) -> Layout:
+        return Layout(shape, stride, torch.bfloat16, aligned)
+
+    assert once()
+    assert once(settings=dataclasses.replace(settings, rank_coverage=0.9, softcap=3.0))
+    assert once(keys=keys(64, 32, 4096, 128, stride=(4096 * 4096, 128, 4096, 1)))
+    assert not once(hopper=False)
+    assert not once(settings=dataclasses.replace(settings, coverage=0.9))
+    assert not once(settings=dataclasses.replace(settings, bits=8))
+    assert not once(keys_t=rows)
+    assert not once(keys=keys(64, 32, 4096, 128, aligned=False))
+    assert not once(keys=keys(64, 32, 4096, 128, stride=(0, 4224 * 128, 128, 1)))
+    assert not once(keys=keys(64, 32, 4096, 128, stride=(32 * 4096 * 132, 4096 * 132, 132, 1)))
+    assert not once(keys=keys(64, 16, 4096, 128), values=keys(64, 16, 4096, 128))
+    for length in (300, 5000):
+        rows = keys(64, 32, length, 128)
+        assert not once(keys=rows, values=rows)
+    assert not once(values=keys(64, 32, 4096, 96))
+    # Too few programs to keep the memory busy while some of them choose.
+    few = {"query": Layout((4, 32, 1, 128), (4096, 128, 128, 1), torch.bfloat16, True)}
+    assert not once(**few, keys=keys(4, 32, 4096, 128), values=keys(4, 32, 4096, 128))
 
 
 def test_what_is_refused() -> None:

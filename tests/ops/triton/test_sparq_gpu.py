@@ -9,7 +9,7 @@ import torch
 
 from hf_attn_plugin.ops.sparq.key_copy import FullComponents
 from tests.ops.test_attention_property import within_budget
-from tests.ops.triton.test_sparq import Step, assert_right, expected, make_step, run
+from tests.ops.triton.sparq_steps import Step, assert_right, expected, make_step, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
