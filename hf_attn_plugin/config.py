@@ -158,9 +158,9 @@ class SparQConfig(MethodConfig):
             of the keys not attended to, each with the approximate mass of just these keys. None
             is the paper's single mean over all visible values.
         dense_below: Bytes of a layer's keys and values, the whole batch together, below which a
-            decoding step attends to all of them: so little is read faster than chosen from. 0
-            chooses always. None takes what was measured (`hf_attn_plugin.ops.sparq_backend`): 0 on
-            a CPU.
+            decoding step attends to all of them: so little is read faster than chosen from. In a
+            static cache all positions that it has room for count. 0 chooses always. None takes what
+            was measured (`hf_attn_plugin.ops.sparq_backend`): 0 on a CPU.
     """
 
     name: ClassVar[str] = "sparq"

@@ -19,8 +19,8 @@ counters, generation, report = map(speed_module, ("counters", "generation", "rep
 
 NCU = """==PROF== Connected to process 7
 machine: device X, torch 2
-counted: ["dense", 1000]
-counted: ["sparq r=32 k=128", 500]
+counted: ["dense", 1000, 0]
+counted: ["sparq r=32 k=128", 400, 100]
 ==PROF== Disconnected
 "ID","Kernel Name","Block Size","dram__bytes_read.sum","dram__bytes_write.sum"
 "","","","Kbyte","byte"
@@ -49,7 +49,7 @@ def test_counts_beside_counters(
     assert ran[0][-4:] == ["decode", "counters", "--worker", "all"]
     page = (tmp_path / counters.PAGE).read_text()
     assert "\ndevice X, torch 2\n" in page
-    assert "| dense | 0.0 | 0.0 | 1.000 | 0.0 | 2 |" in page
+    assert "| dense | 0.0 | 0.0 | 0.0 | 1.000 | 0.0 | 2 |" in page
     assert "1.200 DIFFERS" in page
     kernels = counters.parse(NCU)
     assert kernels[-1] == ("score_kernel", 600.0, 1000.0)

@@ -348,6 +348,8 @@ def _reach(row: SparQRow, speedup: float) -> str:
 
 _MEANING = (
     "One query per sequence, 32 query heads of 128, bfloat16, normal queries, keys and values; "
+    "SparQ with `SparQConfig`'s defaults, so without mean-value reallocation; with a coverage the "
+    "times are the worst: of such keys the most, k, are needed, where text needs few; "
     "medians of CUDA events, the L2 cache cleared before each step, which takes the device so long "
     "that the step's kernels are queued by then: as in a CUDA graph, what a step takes the host "
     "(“host us”) is not in its time; launched eagerly, a step takes the longer of both. “bytes "

@@ -15,9 +15,10 @@ _SMALLEST_CAPABILITY = (8, 0)
 # by whether query heads share them, which takes one kernel more, and by how the keys are kept a
 # second time. Measured on an H200 by `hf-attn bench decode crossover` (eval/results/speed/sparq.md)
 # in bfloat16, r=32, k=128 of 128, beside the fastest dense kernel, the L2 cache cleared. In MiB, of
-# 1, 8 and 32 sequences with 8 KV heads for 32 heads: 132, 107, 150 with two copies; of 8 sequences
-# 386 with 8 bits, 271 with 4, 192 with one copy. With 32 KV heads: 55, 78, and at 531 keys each 265
-# (k of so few are no small part: `_LEAST_KEYS`); of 8 sequences 165, 191, 161. Rounded up.
+# 1, 8 and 32 sequences with 8 KV heads for 32 heads: 133, 109, 147 with two copies; of 8 sequences
+# 397 with 8 bits, 246 with 4, 186 with one copy. With 32 KV heads: 54, 83, and at 531 keys each 265
+# (k of so few are no small part: `_LEAST_KEYS`); of 8 sequences 70 with one copy, with 8 and 4 bits
+# more than 128. Rounded up; these two from slower kernels of before (165 and 191).
 PAYS_FROM_BYTES = {
     True: {
         "full": 160 * 2**20,
@@ -26,10 +27,10 @@ PAYS_FROM_BYTES = {
         "none": 208 * 2**20,
     },
     False: {
-        "full": 80 * 2**20,
+        "full": 96 * 2**20,
         "int8": 176 * 2**20,
         "int4": 200 * 2**20,
-        "none": 176 * 2**20,
+        "none": 80 * 2**20,
     },
 }
 _LEAST_KEYS = 4  # times k

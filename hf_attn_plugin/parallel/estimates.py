@@ -9,6 +9,7 @@ than estimated, windows as long.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,9 +30,11 @@ _LINK = 280e9
 # Floating-point operations per second of attention in 16 bits over blocks that need no mask.
 _FORWARD, _BACKWARD = 600e12, 550e12
 # Gradients of keys that several calls see are added. They must come in float32 for that, which the
-# fastest kernels cannot: what the backward pass of others takes more (causal keys gathered on two
-# H200s: 25.7 ms for 20.8 of FlashAttention-4 at 32,768 tokens, 387 to 412 for 301 at 131,072).
-_SUMMED = 0.3
+# fastest kernels cannot: what the backward pass of others takes more, for every doubling of the
+# keys that a query sees beyond 2,048, and at most. Measured on H200s for FlashAttention-4's: 64
+# documents 1.0 times as long, a window of 4,096 1.12, causal rows of 16,384 tokens 1.24, gathered
+# causal keys at 32,768 tokens 1.27, at 131,072 1.28 to 1.36.
+_SUMMED, _MOST_SUMMED, _UNSUMMED_KEYS = 0.1, 0.3, 2048
 # Bytes per second in a GPU's own memory. An exchange of heads copies what it moves once each way
 # (two H200s: 10.8 and 5.8 ms, of them 9.7 and 4.9 on the link).
 _MEMORY_RATE = 4.0e12
@@ -156,11 +159,17 @@ def _work(visited: float, shapes: Shapes, wide: float = 0.0) -> tuple[float, flo
     Args:
         visited: Pairs.
         shapes: Of what a rank computes.
-        wide: The share of the pairs whose keys' gradients must come in float32.
+        wide: What keys' gradients in float32 add to the backward pass, as a share of it.
     """
     operations = 2.0 * visited * shapes.batch * shapes.heads * shapes.dims
-    pace = 1.0 if shapes.itemsize >= 4 else 1.0 + _SUMMED * wide
+    pace = 1.0 if shapes.itemsize >= 4 else 1.0 + wide
     return operations / _FORWARD, 2.5 * operations / _BACKWARD * pace
+
+
+def _wide(visited: float, queries: int) -> float:
+    """What keys' gradients in float32 add to a backward pass, as a share of it."""
+    doublings = math.log2(max(1.0, visited / (max(1, queries) * _UNSUMMED_KEYS)))
+    return min(_MOST_SUMMED, _SUMMED * doublings)
 
 
 def _all_visited(plan: Plan) -> int:
@@ -197,11 +206,11 @@ def exchange_groups(
 
 def _exchange_load(plan: Plan, shapes: Shapes) -> Load:
     """Of heads exchanged among all ranks."""
-    layout = plan.layout
-    repeated = shapes.kv_heads < layout.ranks
+    layout, visited = plan.layout, _all_visited(plan)
+    wide = _wide(visited, layout.length) if shapes.kv_heads < layout.ranks else 0.0
     return Load(
         travel=_exchange(shapes, layout.ranks, layout.share),
-        work=sum(_work(_all_visited(plan) / layout.ranks, shapes, float(repeated))),
+        work=sum(_work(visited / layout.ranks, shapes, wide)),
         calls=1,
         batches=_EXCHANGES,
         queries=shapes.batch * shapes.heads * layout.share,
@@ -270,8 +279,11 @@ def _gather_loads(plan: Plan, shapes: Shapes, repeated: bool) -> list[Load]:
     for rank in range(layout.ranks):
         reached = plan.reached(rank)
         visited = [plan.visited_by(each.rows) for each in reached]
-        summed = [repeated or keys.mostly_shared(each.runs) for each in reached]
-        wide = sum(pairs for pairs, several in zip(visited, summed, strict=True) if several)
+        wide = sum(
+            pairs * _wide(pairs, len(each.rows))
+            for pairs, each in zip(visited, reached, strict=True)
+            if repeated or keys.mostly_shared(each.runs)
+        )
         loads.append(
             Load(
                 travel=_busiest(plan, rank) * token / _LINK,

@@ -172,9 +172,9 @@ class Calls:
         return cut
 
     def mostly_shared(self, runs: tuple[range, ...]) -> bool:
-        """Whether several calls reach more than a sixteenth of some runs of keys."""
+        """Whether several calls reach more than an eighth of some runs of keys."""
         many = sum(len(piece) for run in runs for piece, several in self.shared(run) if several)
-        return many * 16 > sum(map(len, runs))
+        return many * 8 > sum(map(len, runs))
 
 
 def pieces(tokens: range, runs: list[range]) -> list[tuple[range, list[int]]]:

@@ -140,7 +140,8 @@ class RunningSums:
     """`BlockSums` of a growing cache, one addition per new position.
 
     Which positions are visible is known to the attention function only, so it adds them. When a
-    mask shows or hides earlier positions, all is summed up anew.
+    mask shows or hides earlier positions, so that another number of them counts, all is summed up
+    anew; that one shows as many as it hides goes unnoticed.
 
     Attributes:
         counted: Positions accounted for, visible or not.
