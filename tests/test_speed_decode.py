@@ -468,3 +468,16 @@ def test_errors_on_a_models_own_keys(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "held_out.txt").write_text("x" * 20)
     with pytest.raises(ValueError, match="has 20 tokens, less than the model's 96"):
         quality.measure_errors(tmp_path, tmp_path / "held_out.txt", settings)
+
+
+def test_counters_are_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(decode, "measure_sparq", lambda *args: pytest.fail("measured"))
+    with pytest.raises(ValueError, match="needs Nsight Compute"):
+        decode.run(tmp_path, command="x", parts=["table", "counters"], say=lambda line: None)
+    said: list[str] = []
+    monkeypatch.setattr(decode, "chosen_parts", lambda names, model: ["page", "counters"])
+    assert decode.run(tmp_path, command="x", scores=SCORES, say=said.append) == 0
+    assert said[0].startswith("left out: ")

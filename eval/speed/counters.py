@@ -76,6 +76,16 @@ class Counted:
         return self.read / (self.counted + self.scores)
 
 
+def refuses() -> str | None:
+    """Why counters cannot be read here."""
+    if shutil.which("ncu") is not None:
+        return None
+    return (
+        "hf-attn bench decode counters needs Nsight Compute: there is no ncu on the PATH. It "
+        "comes with the CUDA toolkit; the other parts of hf-attn bench decode do without it."
+    )
+
+
 def run(out: Path, *, command: str, say: Callable[[str], None]) -> int:
     """Run every variant's step under Nsight Compute, compare, print and write `PAGE`.
 
@@ -90,11 +100,9 @@ def run(out: Path, *, command: str, say: Callable[[str], None]) -> int:
     Raises:
         ValueError: There is no ncu, or it read no counters.
     """
-    if shutil.which("ncu") is None:
-        raise ValueError(
-            "hf-attn bench decode counters needs Nsight Compute: there is no ncu on the PATH. It "
-            "comes with the CUDA toolkit; the other parts of hf-attn bench decode do without it."
-        )
+    refusal = refuses()
+    if refusal is not None:
+        raise ValueError(refusal)
     worker = [sys.executable, "-m", "hf_attn_plugin.cli", "bench", "decode", "counters"]
     line = ncu_command([*worker, "--worker", "all"])
     done = subprocess.run(line, capture_output=True, text=True, check=False)

@@ -126,6 +126,12 @@ def run(
         ValueError: A part is not there or needs what is not there.
     """
     wanted = chosen_parts(parts, model)
+    refusal = counters.refuses() if "counters" in wanted else None
+    if refusal is not None and parts:
+        raise ValueError(refusal)
+    if refusal is not None:
+        wanted = [part for part in wanted if part != "counters"]
+        say(f"left out: {refusal}")
     on_page = [part for part in wanted if part in _ON_PAGE]
     bad = False
     if on_page or set(wanted) & set(WITHOUT_GPU):
