@@ -101,7 +101,8 @@ def choose_keys(
     """The ``top_k`` positions with the largest ``mass`` [B, Hkv, S], the local window among them.
 
     With ``coverage``, the fewest that have this share of all mass, taken in this order: the local
-    window, then the others by their mass; at most ``top_k``, at least one. Rows that see fewer
+    window, then the others by their mass; at most ``top_k``, at least one. Of keys with exactly the
+    same mass any may be taken (the kernels take the first). Rows that see fewer
     positions than are to be chosen are filled up with invisible ones, or without ``coverage``
     simply have them.
     """
