@@ -155,8 +155,8 @@ class SparQConfig(MethodConfig):
             "none": no copy; components are picked out of the keys, and all of the memory around
             them is read.
         mean_block: With ``mean_value_reallocation``: one mean value per block of so many positions
-            of the cache, padding included, of the keys not attended to, each with the approximate mass of just these keys. None
-            is the paper's single mean over all visible values.
+            of the cache, padding included, of the keys not attended to, each with the approximate
+            mass of just these keys. None is the paper's single mean over all visible values.
         dense_below: Bytes of a layer's keys and values, the whole batch together, below which a
             decoding step attends to all of them: so little is read faster than chosen from. In a
             static cache all positions that it has room for count. 0 chooses always. None takes what
