@@ -33,7 +33,7 @@ class Shard:
             (`choice.choose_way`).
         head_groups: Into how many groups "gather" and "ulysses" split the KV heads of a rank, so
             that one group travels while another is computed; the most up to this that divide them.
-            None: by how much there is to send (`grouping.count_groups`).
+            The same on all ranks. None: by how much there is to send (`grouping.count_groups`).
         memory: Bytes of the smallest GPU among the ranks, for the choice of a schedule. The same
             number on all of them.
     """
@@ -108,5 +108,6 @@ class Shard:
             None if alone else subgroups(self.group, self.ulysses)[1],
             schedule=self.schedule,
             head_groups=self.head_groups,
+            memory=self.memory,
             _sent=self._sent,
         )

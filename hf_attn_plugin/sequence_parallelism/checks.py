@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 import weakref
+import zlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from hf_attn_plugin.compat import recurrent_layers
@@ -123,14 +126,30 @@ def fingerprint(base: PreTrainedModel) -> str:
     return f"{type(base).__qualname__} {text._attn_implementation} {parameters}"
 
 
+def numbers_of(base: PreTrainedModel, device_type: str) -> dict[str, Any]:
+    """What decides the dtypes of what travels, and whether its gradients do."""
+    cast = torch.is_autocast_enabled(device_type)
+    said = {
+        "the model's dtype": str(base.dtype),
+        "autocast": str(torch.get_autocast_dtype(device_type)) if cast else "off",
+    }
+    if torch.is_grad_enabled():
+        trained = " ".join(name for name, p in base.named_parameters() if p.requires_grad)
+        said["what is trained (a checksum of the names)"] = str(zlib.crc32(trained.encode()))
+    return said
+
+
 def loss_function(base: PreTrainedModel) -> Any:
     """What makes the loss of a model's labels; whoever trains it may put another in its place."""
     return getattr(base, "loss_function", None)
 
 
-def reference(thing: Any) -> weakref.ref[Any]:
-    """Something that may belong to a model, without keeping that alive."""
-    return weakref.WeakMethod(thing) if inspect.ismethod(thing) else weakref.ref(thing)
+def reference(thing: Any) -> Callable[[], Any]:
+    """Something that may belong to a model, without keeping that alive where that is possible."""
+    try:
+        return weakref.WeakMethod(thing) if inspect.ismethod(thing) else weakref.ref(thing)
+    except TypeError:  # of a class with slots
+        return lambda: thing
 
 
 def signature_of(base: PreTrainedModel) -> inspect.Signature:

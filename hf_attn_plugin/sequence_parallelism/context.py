@@ -7,7 +7,7 @@ import dataclasses
 import datetime
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ from hf_attn_plugin.sequence_parallelism.checks import (
     computes_anew,
     fingerprint,
     loss_function,
+    numbers_of,
     reference,
     signature_of,
     transformers_model,
@@ -65,7 +66,7 @@ class Found:
 
     rehearsal: Rehearsal
     memory: int
-    loss: weakref.ref[Any] | None
+    loss: Callable[[], Any] | None
 
     def holds(self, loss: Any) -> bool:
         """Whether the loss function is still that one."""
@@ -182,6 +183,7 @@ class SequenceParallel:
                 "the model (its class, method and parameters)": fingerprint(base),
                 "whether the model is in training mode": base.training,
                 "whether gradients are wanted": torch.is_grad_enabled(),
+                **numbers_of(base, whole.tokens.device.type),
                 **settings.statement(),
                 **whole.statement(),
             }

@@ -42,6 +42,23 @@ def embeddings(rank: int) -> Any:
     return make_model(LLAMA, "ring"), {"inputs_embeds": embeds}, {}
 
 
+def permuted_embeddings(rank: int) -> Any:
+    embeds = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(0))
+    embeds = embeds.flip(-1) if rank else embeds
+    return make_model(LLAMA, "ring"), {"inputs_embeds": embeds}, {}
+
+
+def halves(rank: int) -> Any:
+    model, batch, more = _llama()
+    return model.to(torch.float16 if rank else torch.bfloat16), batch, more
+
+
+def trained(rank: int) -> Any:
+    model, batch, more = _llama()
+    model.model.layers[0].self_attn.v_proj.requires_grad_(rank == 0)
+    return model, batch, more
+
+
 def settings(rank: int) -> Any:
     return (*_llama()[:2], {"schedule": ("ring", "gather")[rank]})
 
@@ -187,6 +204,9 @@ REFUSED: dict[Callable[[int], Any], str] = {
     dtypes: r"shape of attention_mask .*int64.*on rank 0 and .*int32.* on rank 1",
     contents: r"content of input_ids \(a checksum\) is \d+ on rank 0 and \d+ on rank 1",
     embeddings: r"content of inputs_embeds \(a checksum\) is -?\d+ on rank 0 and -?\d+ on rank 1",
+    permuted_embeddings: r"content of inputs_embeds \(a checksum\) is -?\d+ on rank 0",
+    halves: r"model's dtype is torch.bfloat16 on rank 0 and torch.float16 on rank 1",
+    trained: r"what is trained \(a checksum of the names\) is \d+ on rank 0 and \d+ on rank 1",
     settings: r"schedule is ring on rank 0 and gather on rank 1",
     names: r"ring None on rank 0 and .* flash None on rank 1",
     an_error_on_one: r"refused on rank 1 of 2: .*'pixel_values'.*The batch may hold input_ids",

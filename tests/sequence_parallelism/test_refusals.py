@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hf_attn_plugin
+from hf_attn_plugin.sequence_parallelism.checks import reference
 from tests.parallel.processes import run_processes
 from tests.sequence_parallelism.cases import LENGTH, make_batch, make_model
 from tests.sequence_parallelism.refusals import (
@@ -183,3 +184,11 @@ def test_batches_that_fit_nothing(changes: dict[str, Any], message: str) -> None
 def test_what_is_no_group_of_processes(where: Any) -> None:
     with pytest.raises(ValueError, match="takes an Accelerator, a DeviceMesh, a ProcessGroup"):
         hf_attn_plugin.sequence_parallel(where, tiny_model("llama", "ring"), {})
+
+
+def test_a_loss_that_takes_no_weak_reference() -> None:
+    class Loss:
+        __slots__ = ()
+
+    loss = Loss()
+    assert reference(loss)() is loss
