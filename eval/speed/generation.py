@@ -444,6 +444,7 @@ def table(rows: Sequence[GenerationRow]) -> tuple[list[str], list[list[str]]]:
             cells.append([name, row.contender, *["-"] * (len(header) - 2)])
             continue
         peers = [times.get((row.layers, row.batch, row.tokens, peer)) for peer in (STOCK, COMPILED)]
+        prefill = "-" if row.prefill_s is None else f"{row.prefill_s:.1f}"
         cells.append(
             [
                 name,
@@ -452,16 +453,12 @@ def table(rows: Sequence[GenerationRow]) -> tuple[list[str], list[list[str]]]:
                 f"{row.step_ms:.2f}",
                 *["-" if peer is None else f"{peer / row.step_ms:.2f}x" for peer in peers],
                 f"{row.peak_gib:.1f}",
-                *([_seconds(row.prefill_s)] if prefilled else []),
+                *([prefill] if prefilled else []),
                 f"{row.warm_s:.1f}",
                 "-" if row.logits_error is None else f"{row.logits_error:.3f}",
             ]
         )
     return header, cells
-
-
-def _seconds(number: float | None) -> str:
-    return "-" if number is None else f"{number:.1f}"
 
 
 def notes(rows: Sequence[GenerationRow]) -> list[str]:
@@ -492,10 +489,9 @@ _MEANING = (
     "query heads over 8 of 128; `sparq` with r=32, k=128. Medians of "
     f"{TIMED} steps after {WARM}, in which static caches are compiled and captured. The caches "
     "hold random keys and values in the place of a prompt's; what they hold does not change how "
-    "long a step takes (see sparq.md for how far that is so). “prefill”, where it was "
-    "measured, is a forward pass over the prompts. “peak” includes the weights. "
-    "While a layer's keys and values take less than `SparQConfig.dense_below` (by default: one "
-    "prompt of 32,768 does), `sparq` decodes densely. "
+    "long a step takes (see sparq.md for how far that is so). “prefill” is a forward pass over the "
+    "prompts. “peak” includes the weights. While a layer's keys and values take less than "
+    "`SparQConfig.dense_below` (one prompt of 32,768 does by default), `sparq` decodes densely. "
     "“logits apart”: how far the logits are from those of the first contender that computes the "
     f"same (dense attention, or SparQ), after {CHECKED} equal tokens over a cache in which all but "
     f"{STAND_OUT} keys are 0; SparQ fills its choice up with some of these, whichever rounding "
