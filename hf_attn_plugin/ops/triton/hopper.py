@@ -20,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hf_attn_plugin.ops.triton import masks
+from hf_attn_plugin.ops.triton.hopper_descriptors import DTYPES, descriptor, is_hopper, of_keys
 from hf_attn_plugin.ops.triton.hopper_forward import hopper_forward_kernel
 from hf_attn_plugin.ops.triton.hopper_grad_key import hopper_grad_key_kernel
 from hf_attn_plugin.ops.triton.hopper_grad_query import hopper_grad_query_kernel
@@ -33,7 +34,6 @@ from hf_attn_plugin.ops.triton.tiles import Tile
 from hf_attn_plugin.ops.triton.work import Split, Work
 from hf_attn_plugin.patterns import Pattern
 
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _HEAD_DIMS = (64, 128)
 # Rows of one warpgroup, in `hopper_pieces`.
 _ROWS = 64
@@ -67,14 +67,14 @@ def serves(problem: Problem, *tensors: Tensor, results: tuple[Tensor, ...] = ())
     query, value, passes = problem.query, problem.value, problem.plan.passes
     return (
         problem.softcap is None
-        and query.dtype in _DTYPES
+        and query.dtype in DTYPES
         and query.shape[3] in _HEAD_DIMS
         and query.shape[3] == value.shape[3]
         and len(passes) == 1
         and passes[0].runs is not None
         and passes[0].q_order is None
         and passes[0].kv_order is None
-        and _is_hopper(query.device)
+        and is_hopper(query.device)
         and all(t.dtype == query.dtype and _by_tma(t) for t in tensors)
         and (_in_slices(*results) or all(t.dtype == query.dtype and _by_tma(t) for t in results))
     )
@@ -99,8 +99,8 @@ def forward(calls: Recording, problem: Problem, output: Tensor, lse: Tensor) -> 
     arguments, fixed = _over_queries(problem, step, work, tile)
     own = {
         "query": _of_queries(query, heads, tile.rows),
-        "key": _of_keys(key, tile.keys),
-        "value": _of_keys(value, tile.keys),
+        "key": of_keys(key, tile.keys),
+        "value": of_keys(value, tile.keys),
         # Where all is in slices nothing is stored through it.
         "output": _of_queries(query if in_slices else output, heads, tile.rows),
         "lse": lse,
@@ -143,8 +143,8 @@ def grad_query(
         "query": _of_queries(query, heads, tile.rows),
         "grad_output": _of_queries(grad_output, heads, tile.rows),
         "output": _of_queries(output, heads, tile.rows),
-        "key": _of_keys(problem.key, tile.keys),
-        "value": _of_keys(problem.value, tile.keys),
+        "key": of_keys(problem.key, tile.keys),
+        "value": of_keys(problem.value, tile.keys),
         "grad_query": _of_queries(query if in_slices else grad_query, heads, tile.rows),
         "lse": lse,
         "grad_lse": grad_lse,
@@ -183,11 +183,11 @@ def grad_key(
     partials = [calls.scratch(slices, dim) for _ in range(2)]
     arguments = {
         "query": _of_query_tiles(query, heads, tokens),
-        "key": _of_keys(key, _ROWS),
-        "value": _of_keys(value, _ROWS),
+        "key": of_keys(key, _ROWS),
+        "value": of_keys(value, _ROWS),
         "grad_output": _of_query_tiles(grad_output, heads, tokens),
-        "grad_key": _of_keys(key if in_slices else grad_key, _ROWS),
-        "grad_value": _of_keys(value if in_slices else grad_value, _ROWS),
+        "grad_key": of_keys(key if in_slices else grad_key, _ROWS),
+        "grad_value": of_keys(value if in_slices else grad_value, _ROWS),
         "base_lse": _of_numbers(calls, base_lse, heads, tokens),
         "delta": _of_numbers(calls, delta, heads, tokens),
         "partial_key": partials[0],
@@ -344,12 +344,6 @@ def _item_stride(work: Work | PairWork) -> int:
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    # The GPUs' own instructions: no other generation has them.
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
@@ -380,30 +374,11 @@ def _by_tma(tensor: Tensor) -> bool:
     )
 
 
-def _descriptor(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
-    unit = 16 // base.element_size()
-    # A dimension of one entry has a stride that nobody uses: any valid one will do.
-    steps = [step if count > 1 else unit for count, step in zip(shape, strides, strict=True)]
-    layout = _layout(tuple(block), base.dtype)
-    return TensorDescriptor(base, shape, [*steps[:-1], 1], block, layout)
-
-
-@functools.cache
-def _layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
-    return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
-
-
-def _of_keys(tensor: Tensor, tokens: int) -> Any:
-    """Tiles of tokens of one head."""
-    block = [1, 1, tokens, tensor.shape[3]]
-    return _descriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
-
-
 def _of_query_tiles(tensor: Tensor, heads: int, tokens: int) -> Any:
     """Tiles of neighbouring heads x tokens."""
     batch, all_heads, length, dim = tensor.shape
     of_batch, of_head, of_token, _ = tensor.stride()
-    return _descriptor(
+    return descriptor(
         tensor,
         [batch, all_heads // heads, heads, length, dim],
         [of_batch, heads * of_head, of_head, of_token, 1],

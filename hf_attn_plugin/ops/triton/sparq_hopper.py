@@ -11,11 +11,8 @@ head before, attends to them, and prepares the query after next.
 # mypy: ignore-errors
 # ruff: noqa: F821, N803, N806, RUF005 - upper case is known when a kernel is compiled; Gluon has no `*`
 
-import functools
 from typing import Any
 
-import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,8 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from hf_attn_plugin.ops.triton.hopper_descriptors import DTYPES
 from hf_attn_plugin.ops.triton.hopper_pieces import LOG2E, advance, new_barriers, warps_barrier
 from hf_attn_plugin.ops.triton.sparq_hopper_choice import (
     LOWEST,
@@ -351,7 +348,6 @@ def hopper_whole_kernel(
     )  # fmt: skip
 
 
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _DIMS = (64, 128)
 # From how many keys on it pays, and how many the shared memory has room for.
 _LEAST, _MOST = 512, 4096
@@ -360,12 +356,6 @@ _LEAST, _MOST = 512, 4096
 # 522, with 3 530.
 BLOCK_BYTES = 16384
 STAGES = 4
-
-
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether a device has these GPUs' own instructions: no other generation does."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def serves(told: dict[str, Any], settings: Any) -> bool:
@@ -384,7 +374,7 @@ def serves(told: dict[str, Any], settings: Any) -> bool:
         settings.bits == 0
         and settings.coverage is None
         and "keys_t" not in told
-        and query.dtype in _DTYPES
+        and query.dtype in DTYPES
         and query.shape[1] == keys.shape[1]
         and _LEAST <= keys.shape[2] <= _MOST
         and keys.shape[3] in _DIMS
@@ -396,22 +386,3 @@ def serves(told: dict[str, Any], settings: Any) -> bool:
             if count > 1
         )
     )
-
-
-def describe_keys(keys: Tensor, block: int) -> Any:
-    """A descriptor of tiles of ``block`` keys of one KV head."""
-    unit = 16 // keys.element_size()
-    # A dimension of one entry has a stride that nobody uses: any valid one will do.
-    steps = [
-        step if count > 1 else unit
-        for count, step in zip(keys.shape[:3], keys.stride()[:3], strict=True)
-    ]
-    shape = [1, 1, block, keys.shape[3]]
-    return TensorDescriptor(
-        keys, list(keys.shape), [*steps, 1], shape, _layout(block, keys.shape[3], keys.dtype)
-    )
-
-
-@functools.cache
-def _layout(block: int, dim: int, dtype: torch.dtype) -> Any:
-    return gl.NVMMASharedLayout.get_default_for([1, 1, block, dim], _DTYPES[dtype])

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from hf_attn_plugin.ops.sparq.key_copy import GROUP
 from hf_attn_plugin.ops.triton.dispatch import on_device
+from hf_attn_plugin.ops.triton.hopper_descriptors import is_hopper, of_keys
 from hf_attn_plugin.ops.triton.sparq_attend import attend_kernel, whole_kernel
 from hf_attn_plugin.ops.triton.sparq_hopper import (
     BLOCK_BYTES,
     STAGES,
-    describe_keys,
     hopper_whole_kernel,
-    is_hopper,
     serves,
 )
 from hf_attn_plugin.ops.triton.sparq_quantized import quantized_score_kernel
@@ -175,7 +174,7 @@ def launch(inputs: Inputs, settings: Settings, tiles: Tiles | None = None) -> Te
     )
     calls, size = _prepare(query.device, told, settings, tiles)
     if calls[0].kernel is hopper_whole_kernel:
-        given["key_tiles"] = describe_keys(inputs.keys, calls[0].constants["BLOCK"])
+        given["key_tiles"] = of_keys(inputs.keys, calls[0].constants["BLOCK"])
     given["scratch"] = query.new_empty(size, dtype=torch.float32)
     given["output"] = output
     with on_device(query):

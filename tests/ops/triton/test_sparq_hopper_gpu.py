@@ -28,13 +28,13 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     from hf_attn_plugin.ops.triton import sparq_launch
 
     calls: list[Any] = []
-    describe = sparq_launch.describe_keys
+    describe = sparq_launch.of_keys
 
     def spy(*arguments: Any) -> Any:
         calls.append(arguments)
         return describe(*arguments)
 
-    monkeypatch.setattr(sparq_launch, "describe_keys", spy)
+    monkeypatch.setattr(sparq_launch, "of_keys", spy)
     monkeypatch.setattr(sparq_launch, "_sm_count", lambda device: 3)
     sparq_launch._prepare.cache_clear()
     yield calls
